@@ -1,0 +1,103 @@
+"""What sparse autoencoders miss in language-model activations.
+
+Names are loaded when first used, so that `import darkmatter` costs no heavy library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from darkmatter._refusal import Refusal
+    from darkmatter.activations import Batch, Tokens, collect, stream
+    from darkmatter.autoencoders import (
+        LinearlyCorrected,
+        load_autoencoder,
+        reconstruct,
+        sparse_decode,
+        sparse_encode,
+    )
+    from darkmatter.errors import ErrorParts, scalar_share, split_error
+    from darkmatter.intervals import Interval, bootstrap, document_sums
+    from darkmatter.leastsquares import (
+        LinearMap,
+        LinearStatistics,
+        RidgeUsedWarning,
+        fvu,
+        r2,
+    )
+    from darkmatter.models import Model, open_model
+    from darkmatter.scaling import PowerLaw, fit_power_law
+    from darkmatter.sparse import SparseCode
+    from darkmatter.suites import Suite, list_suites, load_suite
+    from darkmatter.survey import Survey, survey
+
+_HOMES = {
+    "_refusal": ("Refusal",),
+    "activations": ("Batch", "Tokens", "collect", "stream"),
+    "autoencoders": (
+        "LinearlyCorrected",
+        "load_autoencoder",
+        "reconstruct",
+        "sparse_decode",
+        "sparse_encode",
+    ),
+    "errors": ("ErrorParts", "scalar_share", "split_error"),
+    "intervals": ("Interval", "bootstrap", "document_sums"),
+    "leastsquares": ("LinearMap", "LinearStatistics", "RidgeUsedWarning", "fvu", "r2"),
+    "models": ("Model", "open_model"),
+    "scaling": ("PowerLaw", "fit_power_law"),
+    "sparse": ("SparseCode",),
+    "suites": ("Suite", "list_suites", "load_suite"),
+    "survey": ("Survey", "survey"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Batch",
+    "ErrorParts",
+    "Interval",
+    "LinearMap",
+    "LinearStatistics",
+    "LinearlyCorrected",
+    "Model",
+    "PowerLaw",
+    "Refusal",
+    "RidgeUsedWarning",
+    "SparseCode",
+    "Suite",
+    "Survey",
+    "Tokens",
+    "bootstrap",
+    "collect",
+    "document_sums",
+    "fit_power_law",
+    "fvu",
+    "list_suites",
+    "load_autoencoder",
+    "load_suite",
+    "open_model",
+    "r2",
+    "reconstruct",
+    "scalar_share",
+    "sparse_decode",
+    "sparse_encode",
+    "split_error",
+    "stream",
+    "survey",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'darkmatter' has no attribute {name!r}")
+    # `survey` is a module and a function: importing the module binds its name here, so the
+    # function is bound over it.
+    value = getattr(import_module(f"darkmatter.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,153 @@
+"""`python -m darkmatter.book`: lint, execute, check and build the book, and convert chapters."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from darkmatter._refusal import Refusal
+from darkmatter.book import editions, lint, notebooks, results
+from darkmatter.book.execution import differences, execute
+from darkmatter.book.paths import Book, open_book
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when all is well, 1 with sentences on stderr when something is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        found = _run(options)
+    except Refusal as error:
+        found = [str(error)]
+    for problem in found:
+        print(problem, file=sys.stderr)
+    return 1 if found else 0
+
+
+def _run(options: argparse.Namespace) -> list[str]:
+    if options.command == "convert":
+        _convert(options.source, options.target, options.root)
+        return []
+    book = open_book(options.root)
+    chosen: str | None = getattr(options, "chapter", None)
+    match options.command:
+        case "lint":
+            return lint.lint(book, chosen)
+        case "execute":
+            _execute(book, chosen, _parameters(options), options.out, options.force)
+        case "check":
+            return results.check(book, chosen, options.out, options.suite)
+        case "build":
+            return _build(book, options.force)
+        case "student":
+            for path in editions.write_student_editions(book):
+                print(path)
+        case "results":
+            if not options.update:
+                return results.check(book, suite=options.suite)
+            print(results.update(book, options.suite))
+        case _:
+            with tempfile.TemporaryDirectory() as work:
+                return differences(book, options.chapter, _parameters(options), Path(work))
+    return []
+
+
+def _build(book: Book, force: bool) -> list[str]:
+    from darkmatter.book.rendering import render
+    from darkmatter.book.staging import stage
+
+    if found := lint.lint(book):
+        return found
+    _execute(book, None, {}, None, force)
+    if found := results.check(book):
+        return found
+    stage(book)
+    print(f"The book is at {render(book) / 'index.html'}")
+    return []
+
+
+def _execute(
+    book: Book, only: str | None, parameters: dict[str, object], out: Path | None, force: bool
+) -> None:
+    for run in execute(book, only, parameters, out, force):
+        took = f"{run.seconds:.0f} s, {run.peak_bytes / 2**30:.2f} GiB"
+        print(f"{run.path.name}: {'up to date, took ' if run.skipped else ''}{took}", flush=True)
+
+
+def _convert(source: Path, target: Path, root: Path) -> None:
+    if source.suffix == ".ipynb":
+        notebooks.write_text(target, notebooks.to_percent(notebooks.read_notebook(source)))
+        return
+    if not source.is_file() or target.suffix != ".ipynb":
+        raise Refusal(
+            f"expected a percent-format text and a notebook to write, or the other way round, "
+            f"found {source} and {target}; give the source first"
+        )
+    text = source.read_text(encoding="utf-8")
+    repository = notebooks.repository_of(root / "_config.yml")
+    notebooks.write_notebook(notebooks.from_percent(text, repository), target)
+
+
+def _parameters(options: argparse.Namespace) -> dict[str, object]:
+    """Parameters given on the command line: `--seed`, and any `-p name value`."""
+    given: dict[str, object] = {name: _number(value) for name, value in options.parameter}
+    if options.seed is not None:
+        given["seed"] = options.seed
+    return given
+
+
+def _number(text: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m darkmatter.book", description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path(), help="folder that holds book/")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help)
+
+    def with_chapter(one: argparse.ArgumentParser, required: bool = False) -> None:
+        one.add_argument("--chapter", required=required, help='two digits, such as "02"')
+
+    def with_parameters(one: argparse.ArgumentParser) -> None:
+        one.add_argument("--seed", type=int, default=None)
+        one.add_argument(
+            *("-p", "--parameter"), nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
+        )
+
+    with_chapter(command("lint", "check the rules for committed chapters"))
+    run = command("execute", "execute chapters into _build/book, skipping what is up to date")
+    with_chapter(run)
+    with_parameters(run)
+    run.add_argument("--force", action="store_true", help="execute even when up to date")
+    run.add_argument("--out", type=Path, default=None, help="another folder, for another seed")
+    checked = command("check", "compare executed chapters with claims.yml and the reference")
+    with_chapter(checked)
+    checked.add_argument("--out", type=Path, default=None)
+    checked.add_argument("--suite", default="pydocs")
+    built = command("build", "lint, execute, check, stage and render into _build/html")
+    built.add_argument("--force", action="store_true", help="execute even when up to date")
+    command("student", "write the student edition into _build/student")
+    written = command("results", "compare the executed book with the reference, or update it")
+    written.add_argument("--update", action="store_true", help="write book/results")
+    written.add_argument("--suite", default="pydocs")
+    again = command("reproduce", "execute a chapter twice and compare its records bit for bit")
+    with_chapter(again, required=True)
+    with_parameters(again)
+    turned = command("convert", "percent-format text to a notebook, or a notebook to text")
+    turned.add_argument("source", type=Path)
+    turned.add_argument("target", type=Path)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Pages of the book that are generated from a run: the ledger, the statistics, the suite's card."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from darkmatter._refusal import Refusal
+from darkmatter.book import prose
+from darkmatter.book.chapter import published
+from darkmatter.book.claims import Claim, Record, verdict_of
+from darkmatter.book.execution import METADATA_KEY
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+BUDGET_SECONDS = 90
+BUDGET_BYTES = 4 * 2**30
+_KIND = {"claim": "Claim", "control": "Control", "known-truth": "Known truth"}
+
+
+def ledger_page(
+    claims: Mapping[str, Claim],
+    records: Sequence[Record],
+    files: Mapping[str, str],
+    suite: str,
+) -> str:
+    """The claims ledger as Markdown; `files` maps chapters to the names of their notebooks."""
+    recorded = {record.id: record for record in records}
+    values = {record.id: record.value for record in records}
+    verdicts = {
+        claim.id: verdict_of(claim, values[claim.id], values, suite)
+        if claim.id in values
+        else "not run"
+        for claim in claims.values()
+        if claim.kind != "value"
+    }
+    counts = ", ".join(
+        f"{count} {verdict}" for verdict, count in Counter(verdicts.values()).items()
+    )
+    lines = [
+        "# Claims ledger",
+        "",
+        f"Every finding of the book on the suite `{suite}`: what is claimed, what the paper "
+        "reports and on which model, what this run found, and whether the claim holds. Brackets "
+        "hold the interval from resampling documents. A control passes when the method finds "
+        "nothing where there is nothing.",
+        "",
+        f"Verdicts: {counts or 'none yet'}.",
+    ]
+    for chapter, file in sorted(files.items()):
+        ours = [claim for claim in claims.values() if claim.chapter == chapter]
+        if not ours:
+            continue
+        lines += ["", f"## Chapter {chapter}", "", f"[Read the chapter]({file})"]
+        tested = [claim for claim in ours if claim.kind != "value"]
+        if tested:
+            lines += ["", "| Claim | Paper | This run | Verdict |", "|---|---|---|---|"]
+            lines += [
+                _row(_claimed(claim), _paper(claim), _found(recorded.get(claim.id)), verdict)
+                for claim in tested
+                for verdict in [f"**{verdicts[claim.id]}**"]
+            ]
+        others = [claim for claim in ours if claim.kind == "value"]
+        if others:
+            lines += ["", "| Other value | Paper | This run |", "|---|---|---|"]
+            lines += [
+                _row(_claimed(claim), _paper(claim), _found(recorded.get(claim.id)))
+                for claim in others
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def statistics_page(executed: Mapping[str, NotebookNode], files: Mapping[str, str]) -> str:
+    """Seconds, peak memory and versions of each executed chapter against the budget."""
+    lines = [
+        "# Run statistics",
+        "",
+        "What this build of the book took. The budget of a chapter is "
+        f"{BUDGET_SECONDS} seconds and {BUDGET_BYTES // 2**30} GiB on two CPU cores.",
+        "",
+        "| Chapter | Seconds | Peak memory, GiB | Within budget |",
+        "|---|---|---|---|",
+    ]
+    total = 0.0
+    stamped: dict[str, set[str]] = {}
+    for chapter, notebook in sorted(executed.items()):
+        run: dict[str, Any] = notebook.metadata.get(METADATA_KEY, {})
+        seconds, peak = float(run.get("seconds", 0)), int(run.get("peak_bytes", 0))
+        total += seconds
+        within = seconds <= BUDGET_SECONDS and peak <= BUDGET_BYTES
+        lines.append(
+            _row(
+                f"[{chapter}]({files[chapter]})",
+                f"{seconds:.0f}",
+                f"{peak / 2**30:.2f}",
+                "yes" if within else "**no**",
+            )
+        )
+        for name, number in run.get("versions", {}).items():
+            stamped.setdefault(name, set()).add(str(number))
+    lines += ["", f"All chapters together: {total:.0f} seconds.", "", "## Versions", ""]
+    lines += ["| Package | Version |", "|---|---|"]
+    lines += [_row(name, ", ".join(sorted(found))) for name, found in sorted(stamped.items())]
+    return "\n".join(lines) + "\n"
+
+
+def suite_card_page(card: Path, suite: str) -> str:
+    """The card of a suite, under a title; a sentence where the suite has no card yet."""
+    if not card.is_file():
+        return f"# The suite `{suite}`\n\nThis suite has not been built yet: it has no card.\n"
+    text = card.read_text(encoding="utf-8").strip()
+    return text + "\n" if text.startswith("# ") else f"# The suite `{suite}`\n\n{text}\n"
+
+
+def fill_page(text: str, records: Iterable[Record], claims: Mapping[str, Claim], name: str) -> str:
+    """A static page with each `[[id]]`, `[[id:%]]`, `[[id:paper]]` ... replaced by its number."""
+    recorded = {record.id: record for record in records}
+
+    def write(id: str, form: str) -> str:
+        if form == "paper" and id in claims:
+            return published(claims[id])
+        if id not in recorded:
+            raise Refusal(
+                f"{name}: expected the id of a recorded value, found [[{id}]]; record it in a "
+                "chapter or correct the id"
+            )
+        return prose.written(recorded[id].value, recorded[id].interval, form)
+
+    return prose.fill(text, write, static=True)
+
+
+def _claimed(claim: Claim) -> str:
+    kind = "" if claim.kind == "value" else f"*{_KIND[claim.kind]}.* "
+    return f"{kind}{claim.statement} `{claim.id}` ({claim.source})"
+
+
+def _paper(claim: Claim) -> str:
+    if claim.paper is None:
+        return "not published"
+    return f"{published(claim)} ({claim.paper.model}; {claim.paper.certainty})"
+
+
+def _found(record: Record | None) -> str:
+    return "not run" if record is None else prose.written(record.value, record.interval)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -136,9 +136,10 @@ class LinearStatistics:
             return self
         if self.n == 0 and x.device.type != "mps":
             self._move(x.device)
-        x, y = self._float64(x), self._float64(y)
+        x, y = self._float64(x, copy=True), self._float64(y, copy=True)
         mean_x, mean_y = x.mean(0), y.mean(0)
-        x, y = x - mean_x, y - mean_y
+        x -= mean_x
+        y -= mean_y
         self.sxx.addmm_(x.T, x)
         self.sxy.addmm_(x.T, y)
         self.syy += y.square().sum(0)
@@ -178,8 +179,8 @@ class LinearStatistics:
         self.mean_y = self.mean_y + delta_y * (n / total)
         self.n = total
 
-    def _float64(self, x: Tensor) -> Tensor:
-        return x.to(self.sxx.device).to(torch.float64)
+    def _float64(self, x: Tensor, copy: bool = False) -> Tensor:
+        return x.to(self.sxx.device).to(torch.float64, copy=copy)
 
     def _move(self, device: torch.device) -> None:
         self.mean_x, self.mean_y = self.mean_x.to(device), self.mean_y.to(device)
@@ -363,8 +364,8 @@ def finite_rows(name: str, x: Any) -> Float[Tensor, "n d"]:
             "put all tokens on the first axis, e.g. with .flatten(0, -2)."
         )
     rows = x.detach()[:, None] if x.ndim == 1 else x.detach()
-    finite = rows.isfinite().all(1)
-    if not finite.all():
+    # NaN and infinity never leave a sum, and one sum is far cheaper than a look at each number.
+    if not rows.sum().isfinite() and not (finite := rows.isfinite().all(1)).all():
         first = int(finite.logical_not().nonzero()[0])
         raise Refusal(
             f"{name} holds NaN or infinity, first in row {first}, expected finite numbers; "

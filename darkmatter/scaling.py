@@ -45,7 +45,7 @@ class PowerLaw:
     exponent_interval: tuple[float, float]
     residuals: tuple[float, ...]
 
-    def __call__(self, width: ArrayLike) -> Any:
+    def __call__(self, width: ArrayLike | int) -> Any:
         """The law at these widths: a float for a number, else a float64 numpy array."""
         values = self.floor + self.scale * np.asarray(width, dtype=np.float64) ** -self.exponent
         return float(values) if values.ndim == 0 else values
@@ -94,29 +94,29 @@ def fit_power_law(width: ArrayLike, fvu: ArrayLike, level: float = 0.95) -> Powe
         bounds=(0.0, math.inf),
     )
     log_exponents = (math.log(_EXPONENTS[0]), math.log(_EXPONENTS[-1]))
-    exponent_interval = _interval(
-        lambda log_exponent: float(points.at(np.exp([log_exponent])).rss[0]) - limit,
-        math.log(exponent),
-        step=0.1,
-        bounds=log_exponents,
+    exponent_interval = _from_log(
+        _interval(
+            lambda log_exponent: float(points.at(np.exp([log_exponent])).rss[0]) - limit,
+            math.log(exponent),
+            step=0.1,
+            bounds=log_exponents,
+        ),
+        log_exponents,
     )
-    # A scale this small adds nothing at any width, one this large is met by no exponent searched.
-    top = math.log(values.max())
-    log_scales = (top - 30, top + _EXPONENTS[-1] * math.log(widths.min()))
-    scale_interval = _interval(
-        lambda log_scale: points.minimise(log_scale=log_scale).rss - limit,
-        best.log_scale,
-        step=0.1,
-        bounds=log_scales,
+    # A scale below the first adds nothing at any width.  If no exponent is too large, no scale is.
+    steep = math.isinf(exponent_interval[1])
+    log_scales = (math.log(values.max()) - 30, best.log_scale if steep else math.inf)
+    scale_interval = _from_log(
+        _interval(
+            lambda log_scale: points.minimise(log_scale=log_scale).rss - limit,
+            best.log_scale,
+            step=0.1,
+            bounds=log_scales,
+        ),
+        log_scales,
     )
     return PowerLaw(
-        floor,
-        scale,
-        exponent,
-        floor_interval,
-        _from_log(scale_interval, log_scales),
-        _from_log(exponent_interval, log_exponents),
-        residuals,
+        floor, scale, exponent, floor_interval, scale_interval, exponent_interval, residuals
     )
 
 
@@ -181,11 +181,11 @@ class _Points(NamedTuple):
         low, high = max(i - 1, 0), min(i + 1, len(_EXPONENTS) - 1)
         exponent = float(_EXPONENTS[i])
         if grid.slope[low] < 0 < grid.slope[high]:
-
-            def slope(exponent: float) -> float:
-                return float(self.at(np.array([exponent]), floor, log_scale).slope[0])
-
-            exponent = _root(slope, float(_EXPONENTS[low]), float(_EXPONENTS[high]))
+            exponent = _root(
+                lambda exponent: float(self.at(np.array([exponent]), floor, log_scale).slope[0]),
+                float(_EXPONENTS[low]),
+                float(_EXPONENTS[high]),
+            )
         fit = self.at(np.array([exponent]), floor, log_scale)
         height = float(fit.height[0])
         falls = height > _EXACT * self.fvu.max()
@@ -201,20 +201,21 @@ class _Points(NamedTuple):
 def _interval(
     excess: Callable[[float], float], best: float, step: float, bounds: tuple[float, float]
 ) -> tuple[float, float]:
-    """Where excess crosses zero on each side of best, found by growing steps; else the bound."""
+    """Where excess crosses zero on each side of best; the bound where it does not."""
+    return _crossing(excess, best, -step, bounds[0]), _crossing(excess, best, step, bounds[1])
 
-    def end(direction: int, bound: float) -> float:
-        inside, reach = best, step
-        while inside != bound:
-            outside = best + direction * min(reach, abs(bound - best))
-            if excess(outside) > 0:
-                return _root(excess, inside, outside)
-            inside, reach = outside, 2 * reach
-            if abs(inside - bound) < 1e-12:
-                return bound
-        return bound
 
-    return end(-1, bounds[0]), end(+1, bounds[1])
+def _crossing(excess: Callable[[float], float], best: float, step: float, bound: float) -> float:
+    """The first zero of excess beyond best, met by steps that double; or the bound."""
+    inside, outside = best, best
+    while inside != bound:
+        outside += step
+        if (outside - bound) * step > 0:
+            outside = bound
+        if excess(outside) > 0:
+            return _root(excess, inside, outside)
+        inside, step = outside, 2 * step
+    return bound
 
 
 def _root(function: Callable[[float], float], start: float, stop: float) -> float:

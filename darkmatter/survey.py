@@ -88,12 +88,10 @@ class DocumentTotals:
 
 @dataclass
 class _Surveyed:
-    """One SAE on its way through the two passes; columns of its targets in the statistics."""
+    """One SAE on its way through the two passes; `scalar` is (s, constant) of e ~ s x + constant."""
 
     sae: Any
     hook: str
-    error_columns: slice
-    norm_column: int
     error_map: LinearMap
     norm_map: LinearMap
     scalar: tuple[Tensor, Tensor]
@@ -160,9 +158,11 @@ def _fit(
 ) -> dict[str, LinearStatistics]:
     """Pass 1: for each hook the moments of x with [every e, every |e|^2, |x|^2]."""
     statistics: dict[str, LinearStatistics] = {}
-    for batch in stream(model, list(by_hook), fit, skip):
+    hooks = list(by_hook)
+    for batch in stream(model, hooks, fit, skip):
+        at = {hooks[0]: batch.x, **batch.others}
         for hook, saes in by_hook.items():
-            x = batch.at(hook)
+            x = at[hook]
             errors = [x - reconstruct_sparsely(sae, x)[0] for sae in saes.values()]
             norms = [e.double().square().sum(1, keepdim=True) for e in [*errors, x]]
             y = torch.cat([e.double() for e in errors] + norms, 1)
@@ -188,12 +188,16 @@ def _solve(
             scalar = moments.sxy[:, columns].trace() / moments.sxx.trace()
             constant = moments.mean_y[columns] - scalar * moments.mean_x
             surveyed[name] = _Surveyed(
-                sae, hook, columns, norm, whole.columns(columns),
-                whole.columns(slice(norm, norm + 1)), (scalar, constant),
+                sae, hook, _of(whole, columns), _of(whole, slice(norm, norm + 1)), (scalar, constant),
                 {k: DocumentTotals(documents) for k in ("fvu", "split", "vector", "scalar", "norm")},
                 [],
             )
     return surveyed
+
+
+def _of(whole: LinearMap, columns: slice) -> LinearMap:
+    """The part of a map that predicts some of its targets."""
+    return LinearMap(whole.weight[:, columns], whole.bias[columns], whole.ridge, whole.n)
 
 
 def _score(
@@ -201,9 +205,10 @@ def _score(
 ) -> None:
     """Pass 2: totals by document of what every score needs, and the per-token table."""
     for batch in stream(model, hooks, test, skip):
+        at = {hooks[0]: batch.x, **batch.others}
         for one in surveyed.values():
-            x = batch.at(one.hook).double()
-            x_hat, l0 = reconstruct_sparsely(one.sae, batch.at(one.hook))
+            x = at[one.hook].double()
+            x_hat, l0 = reconstruct_sparsely(one.sae, at[one.hook])
             error = x - x_hat
             linear = one.error_map(x)
             nonlinear = error - linear

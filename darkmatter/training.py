@@ -29,7 +29,7 @@ class SparseTrainingRecipe:
     """Everything that decides an autoencoder, given the activations (their order included)."""
 
     d_sae: int
-    l0: float
+    l0: float | int
     activations: int = 10_000_000
     batch: int = 4096
     learning_rate: float | None = None
@@ -281,7 +281,7 @@ def in_raw_units(weights: Weights, mean: Tensor, scale: float) -> TrainedAutoenc
 def with_l0(
     trained: TrainedAutoencoder,
     activations: Float[Tensor, "n d"],
-    l0: float,
+    l0: float | int,
     guess: float,
     generator: torch.Generator,
     sample: int = 262_144,

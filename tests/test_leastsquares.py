@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import jaxtyping
@@ -49,7 +50,7 @@ def rows(seed: int, n: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
 
 
 def lstsq(x: Tensor, y: Tensor) -> Tensor:
-    """[d_in + 1, d_out] weights and, last, bias, by SVD of the centred rows: no normal equations."""
+    """[d_in + 1, d_out] weights and, last, bias, by SVD of the rows: no normal equations."""
     centred = x.double() - x.double().mean(0)
     weight = torch.linalg.lstsq(centred, y.double() - y.double().mean(0), driver="gelsd").solution
     bias = y.double().mean(0) - x.double().mean(0) @ weight
@@ -187,7 +188,7 @@ class TestMoments:
         whole = LinearStatistics(4, 3).partial_fit(x, y)
         edges = [0, *sorted(cuts), 40]
         parts = LinearStatistics(4, 3)
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in pairwise(edges):
             parts.partial_fit(x[start:stop], y[start:stop])
         same(parts, whole)
 
@@ -324,8 +325,8 @@ class TestSolve:
         x, y = rows(0, 50, 4, 2)
         centred = x - x.mean(0)
         strength = 0.3 * 50 * centred.square().mean(0).mean()
-        stacked = torch.cat([centred, strength.sqrt() * torch.eye(4)])
-        targets = torch.cat([y - y.mean(0), torch.zeros(4, 2)])
+        stacked = torch.cat([centred, strength.sqrt() * torch.eye(4, dtype=torch.float64)])
+        targets = torch.cat([y - y.mean(0), torch.zeros(4, 2, dtype=torch.float64)])
         oracle = torch.linalg.lstsq(stacked, targets, driver="gelsd").solution
         map = LinearStatistics(4, 2).partial_fit(x, y).solve(ridge=0.3)
         assert map.ridge == 0.3
@@ -353,7 +354,8 @@ class TestSolve:
             map = statistics.solve()
         assert 0 < map.ridge <= 1e-8
         # The fit is that of the columns without the copies, to the bias of that ridge.
-        torch.testing.assert_close(map(x), base @ lstsq(base, y)[:-1] + map_bias(base, y))
+        oracle = lstsq(base, y)
+        torch.testing.assert_close(map(x), base @ oracle[:-1] + oracle[-1])
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # asked for, it is no surprise
             again = statistics.solve(ridge=map.ridge)
@@ -383,10 +385,6 @@ class TestSolve:
         for ridge in (-1.0, math.nan, math.inf):
             with refused("expected a finite number of at least 0"):
                 statistics.solve(ridge)
-
-
-def map_bias(x: Tensor, y: Tensor) -> Tensor:
-    return lstsq(x, y)[-1]
 
 
 class TestScores:

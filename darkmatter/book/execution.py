@@ -18,6 +18,7 @@ from darkmatter._refusal import Refusal
 from darkmatter.book import claims as ledger
 from darkmatter.book import notebooks
 from darkmatter.book.claims import Record
+from darkmatter.book.editions import SOLUTION_TAG
 from darkmatter.book.figures import FIGURE_KEY
 from darkmatter.book.notebooks import tags_of
 from darkmatter.book.paths import BOOK_VARIABLE, Book, chapter_of
@@ -197,7 +198,7 @@ def finish(notebook: NotebookNode, name: str) -> None:
     """Make an executed notebook ready for the page, in place.
 
     The text and caption of each figure move from its output to the cell's metadata, where myst-nb
-    reads them; the cell of injected parameters is hidden; times and ids of the run are removed.
+    reads them; injected parameters are hidden, solutions folded, times of the run removed.
 
     Raises `ChapterFailure` for an image that has no text alternative, or two figures in a cell.
     """
@@ -209,6 +210,9 @@ def finish(notebook: NotebookNode, name: str) -> None:
             cell.metadata["tags"] = [*tags, "injected-parameters", "remove-cell"]
         elif not tags:
             cell.metadata.pop("tags", None)
+        if SOLUTION_TAG in tags and cell.cell_type == "code":
+            cell.metadata["tags"] = [*tags, "hide-input"]
+            cell.metadata["mystnb"] = {"code_prompt_show": "Show the solution"}
         images = [
             output
             for output in cell.get("outputs", [])
@@ -227,7 +231,7 @@ def finish(notebook: NotebookNode, name: str) -> None:
             )
         if any("text/markdown" in one.get("data", {}) for one in cell.get("outputs", [])):
             # Said sentences may hold formulas, which only MyST reads.
-            cell.metadata["mystnb"] = {"markdown_format": "myst"}
+            cell.metadata.setdefault("mystnb", {})["markdown_format"] = "myst"
         if described:
             text = described[0].metadata[FIGURE_KEY]
             cell.metadata.setdefault("mystnb", {}).update(
@@ -310,8 +314,11 @@ def _without_banner(notebook: NotebookNode) -> list[NotebookNode]:
 @contextlib.contextmanager
 def _environment(book: Book) -> Generator[None]:
     """What a kernel started inside finds in its environment."""
+    # The chapter runs on the package that executes it, installed or not.
+    paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     wanted = {
         BOOK_VARIABLE: str(book.source),
+        "PYTHONPATH": os.pathsep.join(paths),
         "HF_HUB_OFFLINE": "1",
         "PYTHONHASHSEED": "0",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",

@@ -203,7 +203,7 @@ def _tags(text: str | None, number: int) -> list[str]:
             f'line {number}: expected tags as a JSON list such as tags=["solution"], '
             f"found {text}; correct the header"
         )
-    return [str(tag) for tag in tags]  # pyright: ignore[reportUnknownVariableType] - checked above
+    return list(dict.fromkeys(str(tag) for tag in tags))  # pyright: ignore[reportUnknownVariableType] - checked above
 
 
 def _uncommented(body: Sequence[str], number: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 
@@ -68,5 +69,4 @@ kept once in the whole corpus; documents are split by a hash of their name.
 
 
 def _hours(seconds: list[float]) -> float:
-    ends = [a for a, b in zip(seconds, [*seconds[1:], 0.0], strict=True) if b < a]
-    return sum(ends) / 3600
+    return sum(a for a, b in pairwise([*seconds, 0.0]) if b < a) / 3600

@@ -3,7 +3,7 @@
 Weights are bfloat16 while computing and float32 where they accumulate. Matrices inside the
 blocks are updated by Muon (momentum, then the nearest semi-orthogonal matrix by Newton-Schulz;
 Jordan 2024), everything else by Adam. The learning rate is constant, then falls linearly to
-zero over the last 40 % of steps. Training is checkpointed and goes on where it was.
+zero over the last 36 % of steps. Training is checkpointed and goes on where it was.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class LanguageModelRecipe:
     vocabulary: int = 4096
     batch_contexts: int = 48
     micro_contexts: int = 8
-    steps: int = 1400
+    steps: int = 1100
     warmup_steps: int = 60
-    decay_share: float = 0.4
+    decay_share: float = 0.364
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
     seed: int = 0

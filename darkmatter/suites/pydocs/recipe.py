@@ -32,7 +32,7 @@ class AutoencoderRecipe:
 
     hook: str
     d_sae: int
-    l0: float
+    l0: float | int
 
     @property
     def name(self) -> str:
@@ -242,9 +242,13 @@ def collect_activations(recipe: SuiteRecipe, work: Path, log: Log) -> dict[str, 
     contexts = language_model.packed_contexts(stream, n_context, n_context // 2)
     order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(recipe.seed))
     rows = min(recipe.activations, len(contexts) * (n_context - 1))
+    # Blocks above the highest hook are not run.
+    model.transformer.h = model.transformer.h[: 1 + max(int(h.split(".")[1]) for h in hooks)]
     writer = ActivationWriter(model, hooks, folder, rows)
     start = time.monotonic()
-    with torch.inference_mode():
+    # Products in bfloat16 on a float32 residual stream: faster, and the noise is a ten-thousandth
+    # of the variance, far below what an SAE misses.
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         for number, part in enumerate(contexts[order].split(32)):
             model.transformer(part.long())
             writer.at = min(rows, writer.at + len(part) * (n_context - 1))

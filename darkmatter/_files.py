@@ -1,0 +1,44 @@
+"""Weights on disk are checked before they are read: truncated or altered files are refused."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from darkmatter._refusal import Refusal
+
+
+class CorruptFile(Refusal):
+    """A file is not what it was when it was written: cut short, altered, or of another kind."""
+
+
+def verify_sha256(path: str | Path, expected: str) -> None:
+    """Raise CorruptFile, naming the file, unless its SHA-256 is `expected` (hex, any case)."""
+    path = Path(path)
+    if not path.is_file():
+        raise Refusal(f"There is no file {path}; give the path of the file to verify.")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected.lower():
+        raise CorruptFile(
+            f"{path} has SHA-256 {found}, expected {expected.lower()}; restore the file (check it "
+            "out or download it again)."
+        )
+
+
+def verify_safetensors(path: str | Path) -> None:
+    """Raise CorruptFile, naming the file, unless its header is whole and fits its length.
+
+    Reads the header only, so it costs milliseconds for a file of any size.
+    """
+    try:
+        # As numpy, which spares whoever only looks for a model the import of torch.
+        with safe_open(str(path), framework="numpy") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise CorruptFile(
+            f"{path} is not a whole safetensors file ({error}); restore the file (check it out or "
+            "download it again)."
+        ) from error

@@ -1,0 +1,54 @@
+"""The student edition: solutions out, everything else as it was."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from minibook import REPOSITORY, chapter_text
+
+from darkmatter._refusal import Refusal
+from darkmatter.book import editions, notebooks
+from darkmatter.book.paths import Book
+
+
+def test_solution_lines_become_a_stub_at_their_indentation() -> None:
+    body = ["# solution begins", "y = x", "return 2 * y", "# solution ends"]
+    source = "\n    ".join(["def f(x):", "'Twice x.'", *body])
+    stub = editions.stub(source)
+    assert "return 2 * y" not in stub
+    assert "    raise NotImplementedError(" in stub
+    space: dict[str, object] = {}
+    exec(stub, space)
+    with pytest.raises(NotImplementedError):
+        space["f"](1)  # type: ignore[operator]
+
+
+def test_an_open_solution_is_refused() -> None:
+    with pytest.raises(Refusal, match="expected '# solution ends'"):
+        editions.stub("def f():\n    # solution begins\n    return 1\n")
+
+
+def test_student_edition_has_no_solution_and_no_output_and_keeps_the_rest() -> None:
+    text = chapter_text() + '\n# %% [markdown] tags=["solution"]\n# Because.\n'
+    solved = notebooks.from_percent(text, REPOSITORY)
+    solved.cells[2]["execution_count"] = 4
+    before = notebooks.to_percent(solved)
+    student = editions.student_edition(solved)
+    assert notebooks.to_percent(solved) == before
+    text = notebooks.to_percent(student)
+    assert "return x + x" not in text
+    assert "Because" not in text
+    assert text.count("raise NotImplementedError") == 3
+    assert student.cells[2]["execution_count"] is None
+    assert len(student.cells) == len(solved.cells) - 1
+    for cell in student.cells:
+        if cell.cell_type == "code" and "%pip" not in cell.source:
+            ast.parse(cell.source)
+
+
+def test_editions_are_written_for_every_chapter(make_book: object) -> None:
+    book: Book = make_book()  # type: ignore[operator]
+    (path,) = editions.write_student_editions(book)
+    assert path == book.root / "_build" / "student" / "99_mini.ipynb"
+    assert "NotImplementedError" in path.read_text()

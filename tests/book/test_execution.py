@@ -1,0 +1,164 @@
+"""Executing chapters: in a kernel, once, measured; what is wrong is refused before or named after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from minibook import CLAIMS, chapter_text
+from nbformat import v4
+
+from darkmatter._refusal import Refusal
+from darkmatter.book import claims as ledger
+from darkmatter.book import execution, notebooks
+from darkmatter.book.claims import Record
+from darkmatter.book.execution import ChapterFailure, execute
+from darkmatter.book.notebooks import tags_of
+from darkmatter.book.paths import Book
+
+MakeBook = Callable[..., Book]
+
+# A chapter that records without importing torch: a kernel of one second instead of several.
+LIGHT = """# %% tags=["parameters"]
+suite = "pydocs"
+seed = 0
+
+# %%
+import random
+from IPython.display import display
+generator = random.Random(SEED)
+mime = "application/vnd.darkmatter.record+json"
+record = {"id": "a", "value": generator.random(), "interval": None, "suite": suite, "seed": seed,
+          "chapter": "99"}
+display({mime: record}, raw=True)
+"""
+
+
+def only_execution(*arguments: Any, **named: Any) -> execution.Execution:
+    (run,) = execute(*arguments, **named)
+    return run
+
+
+def test_an_executed_chapter_is_measured_and_ready_for_the_page(executed_once: Book) -> None:
+    (path,) = executed_once.executed.glob("*.ipynb")
+    notebook = notebooks.read_notebook(path)
+    records = {record.id: record for record in ledger.records_of(notebook)}
+    assert records["mini-fvu"] == Record("mini-fvu", 0.311, (0.305, 0.317), "pydocs", 0, "99")
+    assert set(records) == {"mini-fvu", "mini-random", "mini-shuffled", "mini-falling"}
+    run = notebook.metadata["darkmatter"]
+    assert run["parameters"] == {"suite": "pydocs", "seed": 0}
+    # A kernel that imports torch takes at least a tenth of a second and 50 MB.
+    assert run["seconds"] > 0.1
+    assert run["peak_bytes"] > 50e6
+    assert run["versions"]["torch"]
+    figures = [cell.metadata.mystnb for cell in notebook.cells if "image" in
+               cell.metadata.get("mystnb", {})]  # fmt: skip
+    assert figures == [
+        {
+            "image": {"alt": "Line chart: the error falls steadily with width."},
+            "figure": {
+                "caption": "Error against width, 0.311 (0.305 to 0.317) at first.",
+                "name": "fig-mini",
+            },
+        }
+    ]
+    assert "papermill" not in json.dumps(notebook.metadata)
+    solutions = [cell for cell in notebook.cells if "solution" in tags_of(cell)]
+    assert all("hide-input" in tags_of(cell) for cell in solutions)
+
+
+def test_a_chapter_that_is_up_to_date_is_skipped_until_something_changes(
+    executed_book: Book,
+) -> None:
+    before = (executed_book.executed / "99_mini.ipynb").stat().st_mtime_ns
+    run = only_execution(executed_book)
+    assert run.skipped
+    assert run.seconds > 0
+    assert (executed_book.executed / "99_mini.ipynb").stat().st_mtime_ns == before
+    path = executed_book.source / "99_mini.ipynb"
+    parameters = {"suite": "pydocs", "seed": 0}
+    hashes = {execution.content_hash(executed_book, path, parameters)}
+    hashes.add(execution.content_hash(executed_book, path, parameters | {"seed": 1}))
+    notebooks.write_text(executed_book.claims, CLAIMS.replace("0.313", "0.314"))
+    hashes.add(execution.content_hash(executed_book, path, parameters))
+    notebooks.write_text(executed_book.claims, CLAIMS.replace("0.01", "0.02"))
+    assert execution.content_hash(executed_book, path, parameters) in hashes
+    text = chapter_text(with_checks=False).replace("0.311", "0.312")
+    notebook = notebooks.from_percent(text, "https://github.com/somebody/book")
+    notebooks.write_notebook(notebook, path)
+    hashes.add(execution.content_hash(executed_book, path, parameters))
+    assert len(hashes) == 4
+
+
+def test_an_unknown_parameter_is_refused_before_anything_runs(make_book: MakeBook) -> None:
+    book = make_book()
+    with pytest.raises(Refusal, match="parameters seed, suite, found 'sed'"):
+        list(execute(book, parameters={"sed": 1}))
+    assert not book.executed.exists()
+
+
+@pytest.mark.parametrize("line", ['suite = "pydocs"\n', "seed = 0\n"])
+def test_a_removed_parameter_is_refused_before_anything_runs(
+    make_book: MakeBook, line: str
+) -> None:
+    with pytest.raises(Refusal, match="found none that sets " + line.split()[0]):
+        list(execute(make_book(chapter_text().replace(line, ""))))
+    untagged = chapter_text().replace('tags=["parameters"]', "")
+    with pytest.raises(Refusal, match="found none that sets suite"):
+        list(execute(make_book(untagged)))
+
+
+def test_a_failing_chapter_names_its_cell_and_is_kept(make_book: MakeBook) -> None:
+    book = make_book(LIGHT.replace("SEED", "1 / 0"))
+    with pytest.raises(ChapterFailure, match=r"99_mini.ipynb failed in cell 2 .*ZeroDivisionErr"):
+        list(execute(book, parameters={"seed": 7}))
+    kept = notebooks.read_notebook(book.root / "_build" / "failed" / "99_mini.ipynb")
+    assert any("ZeroDivisionError" in str(cell.get("outputs")) for cell in kept.cells)
+    assert list(book.executed.iterdir()) == []
+
+
+def test_the_same_seed_gives_the_same_records_and_no_seed_does_not(
+    make_book: MakeBook, tmp_path: Path
+) -> None:
+    seeded = make_book(LIGHT.replace("SEED", "seed"))
+    assert execution.differences(seeded, "99", {"seed": 3}, tmp_path / "seeded") == []
+    first = execution.executed_notebooks(tmp_path / "seeded" / "first")["99"]
+    assert ledger.records_of(first)[0].seed == 3
+    injected = [cell for cell in first.cells if "remove-cell" in tags_of(cell)]
+    assert [cell.source.split("\n")[-1] for cell in injected] == ["seed = 3"]
+    unseeded = make_book(LIGHT.replace("SEED", ""))
+    (difference,) = execution.differences(unseeded, "99", {}, tmp_path / "unseeded")
+    assert difference.startswith("a: the first run gave 0.")
+
+
+def test_compare_names_what_is_missing_and_what_differs() -> None:
+    ours = [Record("a", 0.1, None, "s", 0, "99"), Record("b", 1.0, None, "s", 0, "99")]
+    theirs = [Record("a", 0.1 + 1e-16, None, "s", 0, "99"), ours[1]]
+    assert execution.compare(ours, ours) == []
+    # One part in 10^16 is a difference when bits are compared (and 0.1 + 1e-16 is another float).
+    assert execution.compare(ours, theirs) == [
+        f"a: the first run gave 0.1 None, the second {0.1 + 1e-16!r} None"
+    ]
+    assert execution.compare(ours, ours[:1]) == [
+        "b: the first run gave 1.0 None, the second nothing"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ([{}], "every image to come from book.show"),
+        ([{"darkmatter": {"alt": "a", "caption": "c", "name": "n"}}] * 2, "one figure a cell"),
+    ],
+)
+def test_images_without_text_or_in_pairs_are_refused(outputs: list[Any], message: str) -> None:
+    made = [
+        v4.new_output("display_data", data={"image/png": ""}, metadata=metadata)
+        for metadata in outputs
+    ]
+    notebook = v4.new_notebook(cells=[v4.new_code_cell("draw()", outputs=made)])
+    with pytest.raises(ChapterFailure, match=message):
+        execution.finish(notebook, "99_mini.ipynb")

@@ -67,6 +67,37 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     return _from_hub(_ALIASES.get(name, name))
 
 
+def is_cached(repository: str) -> bool:
+    """Whether anything of a repository is in the local Hugging Face cache."""
+    from huggingface_hub import constants
+
+    folder = f"models--{repository.replace('/', '--')}"
+    return (Path(constants.HF_HUB_CACHE) / folder / "snapshots").is_dir()
+
+
+def require_cached_or_hub(repository: str, what: str) -> None:
+    """Raise Refusal, within 5 seconds, when a repository is not cached and the hub is not there."""
+    if is_cached(repository):
+        return
+    reason = _no_hub()
+    if reason:
+        raise Refusal(
+            f"The {what} of {repository!r} are not in the local cache, and {reason}; run once with "
+            "the network on, or use the embedded suite (load_suite('pydocs'))."
+        )
+
+
+def _no_hub() -> str:
+    """Why nothing can be downloaded, or nothing."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    if not _answers(constants.ENDPOINT):
+        return f"{constants.ENDPOINT} does not answer"
+    return ""
+
+
 def missing_files(folder: Path) -> str:
     """What a model's folder lacks, in words, or nothing; refuses weights that are cut short."""
     if not (folder / _CONFIG).is_file():
@@ -103,11 +134,8 @@ def _from_hub(repository: str) -> Path:
     cached = try_to_load_from_cache(repository, _CONFIG, cache_dir=constants.HF_HUB_CACHE)
     if isinstance(cached, str) and not missing_files(Path(cached).parent):
         return Path(cached).parent
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    elif not _answers(constants.ENDPOINT):
-        reason = f"{constants.ENDPOINT} does not answer"
-    else:
+    reason = _no_hub()
+    if not reason:
         return _download(repository)
     raise Refusal(
         f"The model {repository!r} is neither a folder here nor whole in the local cache, and "

@@ -88,7 +88,7 @@ class DocumentTotals:
 
 @dataclass
 class _Surveyed:
-    """One SAE on its way through the two passes; `scalar` is (s, constant) of e ~ s x + constant."""
+    """One SAE on its way through both passes; `scalar` is (s, constant) of e ~ s x + constant."""
 
     sae: Any
     hook: str
@@ -148,7 +148,7 @@ def survey(
                 f"got at most {usable}; pass more documents"
             )
     statistics = _fit(model, by_hook, fit, skip)
-    surveyed = _solve(by_hook, statistics, max(fit.document.max(), test.document.max()).item() + 1)
+    surveyed = _solve(by_hook, statistics, len(test.names))
     _score(model, surveyed, hooks, test, skip)
     return _summarise(surveyed, statistics, fit, test, skip, seed, resamples)
 
@@ -188,8 +188,15 @@ def _solve(
             scalar = moments.sxy[:, columns].trace() / moments.sxx.trace()
             constant = moments.mean_y[columns] - scalar * moments.mean_x
             surveyed[name] = _Surveyed(
-                sae, hook, _of(whole, columns), _of(whole, slice(norm, norm + 1)), (scalar, constant),
-                {k: DocumentTotals(documents) for k in ("fvu", "split", "vector", "scalar", "norm")},
+                sae,
+                hook,
+                _of(whole, columns),
+                _of(whole, slice(norm, norm + 1)),
+                (scalar, constant),
+                {
+                    k: DocumentTotals(documents)
+                    for k in ("fvu", "split", "vector", "scalar", "norm")
+                },
                 [],
             )
     return surveyed
@@ -253,9 +260,7 @@ def _summarise(
     rows: list[dict[str, Any]] = []
     per_token: dict[str, pd.DataFrame] = {}
     for name, one in surveyed.items():
-        frame = pd.DataFrame(
-            {k: torch.cat([r[k] for r in one.rows]).numpy() for k in one.rows[0]}
-        )
+        frame = pd.DataFrame({k: torch.cat([r[k] for r in one.rows]).numpy() for k in one.rows[0]})
         per_token[name] = frame
         pooled = partial(r2_from_totals, average="pooled")
         scores = {
@@ -270,7 +275,7 @@ def _summarise(
             "name": name,
             "hook": one.hook,
             "d_sae": int(one.sae.cfg.d_sae),
-            "l0": float(frame["l0"].mean()),
+            "l0": torch.cat([r["l0"] for r in one.rows]).double().mean().item(),
         }
         for score, (statistic, key) in scores.items():
             sums = one.totals[key].present()

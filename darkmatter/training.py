@@ -82,7 +82,7 @@ class Active:
 
 
 class Preactivations:
-    """One reused (batch x d_sae) bfloat16 buffer: fresh ones of that size cost more than the product."""
+    """A reused (batch x d_sae) bfloat16 buffer: a fresh one costs more than the product."""
 
     def __init__(self, batch: int, d_sae: int):
         self.pre = torch.empty(batch, d_sae, dtype=torch.bfloat16)
@@ -192,7 +192,7 @@ def normalise_decoder(weights: Weights, gradient: Tensor | None = None) -> None:
 
 
 def initial_weights(sample: Float[Tensor, "n d"], recipe: SparseTrainingRecipe) -> Weights:
-    """Decoder rows are directions of differences of random activations; encoder is its transpose."""
+    """Decoder rows point along differences of random activations; the encoder is its transpose."""
     generator = torch.Generator().manual_seed(recipe.seed)
     pick = torch.randint(len(sample), (2, recipe.d_sae), generator=generator)
     directions = sample[pick[0]] - sample[pick[1]]
@@ -286,7 +286,7 @@ def with_l0(
     generator: torch.Generator,
     sample: int = 262_144,
 ) -> TrainedAutoencoder:
-    """Set the one threshold at which a sample's mean L0 is l0; `guess` is roughly that threshold."""
+    """Set the threshold at which a sample's mean L0 is l0; `guess` is roughly that threshold."""
     size = min(sample, len(activations))
     rows = torch.randint(len(activations), (size,), generator=generator).sort().values
     count = round(l0 * size)

@@ -106,12 +106,8 @@ def test_one_set_of_tokens_is_split_by_document(
     assert fit | test == set(documents.document.tolist())
 
 
-def test_same_seed_same_table(
-    surveyed: Any, tiny_model: Any, two_saes: dict[str, Any]
-) -> None:
-    again = dm.survey(
-        tiny_model, two_saes, surveyed.fit, surveyed.test, skip=SKIP, resamples=50
-    )
+def test_same_seed_same_table(surveyed: Any, tiny_model: Any, two_saes: dict[str, Any]) -> None:
+    again = dm.survey(tiny_model, two_saes, surveyed.fit, surveyed.test, skip=SKIP, resamples=50)
     assert again.table.equals(surveyed.table)
 
 

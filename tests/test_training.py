@@ -58,7 +58,9 @@ def test_gradients_equal_autograd(l0: int, d_sae: int) -> None:
     rtol = 2e-2 if l0 == 16 else 1e-4
     for mine, leaf in zip(ours, leaves, strict=True):
         assert leaf.grad is not None
-        torch.testing.assert_close(mine, leaf.grad, rtol=rtol, atol=rtol * float(leaf.grad.abs().max()))
+        torch.testing.assert_close(
+            mine, leaf.grad, rtol=rtol, atol=rtol * float(leaf.grad.abs().max())
+        )
 
 
 def test_gradients_equal_sae_lens() -> None:
@@ -68,8 +70,13 @@ def test_gradients_equal_sae_lens() -> None:
     l0, weights, x = 2, random_weights(512, 16), torch.randn(32, 16)
     theirs = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(
-            d_in=16, d_sae=512, k=l0, device="cpu", dtype="float32",
-            apply_b_dec_to_input=True, rescale_acts_by_decoder_norm=False,
+            d_in=16,
+            d_sae=512,
+            k=l0,
+            device="cpu",
+            dtype="float32",
+            apply_b_dec_to_input=True,
+            rescale_acts_by_decoder_norm=False,
         )
     )
     theirs.load_state_dict(
@@ -120,7 +127,10 @@ def test_auxiliary_gradient_equals_autograd() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    seed=st.integers(0, 1000), count=st.integers(1, 60), guess=st.floats(0, 8), shift=st.floats(-2, 2)
+    seed=st.integers(0, 1000),
+    count=st.integers(1, 60),
+    guess=st.floats(0, 8),
+    shift=st.floats(-2, 2),
 )
 def test_selection_is_exact_whatever_the_guess(
     seed: int, count: int, guess: float, shift: float

@@ -288,6 +288,7 @@ def _papermill(path: Path, output: Path, parameters: Mapping[str, object]) -> No
             kernel_name="python3",
             language="python",
             progress_bar=False,
+            start_timeout=300,
             cwd=str(path.parent),
         )
     except (PapermillException, CellExecutionError, CellTimeoutError, DeadKernelError) as error:

@@ -1,6 +1,8 @@
 """A suite is a model, held-out tokens and the SAEs to study, under one name.
 
-`pydocs` is embedded: its files lie beside this one and nothing is downloaded.
+`pydocs` is embedded: its files lie beside this one and nothing is downloaded. Others name a model
+and a release of SAEs on the hub and are fetched when first used; their tokens are the held-out
+text of `pydocs` in the model's own tokens.
 """
 
 from __future__ import annotations
@@ -16,19 +18,47 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
+from darkmatter._files import verify_sha256
+from darkmatter._hub import is_cached, require_cached_or_hub
 from darkmatter._refusal import Refusal
 from darkmatter.activations import Tokens
-from darkmatter.autoencoders import check_fits, load_autoencoder, verify_sha256
+from darkmatter.autoencoders import check_fits, load_autoencoder
+from darkmatter.models import Backend, Model, open_model
 
 if TYPE_CHECKING:
     import pandas as pd
     from sae_lens import SAE
 
-    from darkmatter.models import Model
-
 FORMAT = "darkmatter-suite/1"
 EMBEDDED = {"pydocs": Path(__file__).parent / "pydocs" / "data"}
 SPLITS = ("fit", "test")
+
+
+@dataclass(frozen=True)
+class HubEntry:
+    """A suite that is downloaded: only SAEs trained on activations as transformers gives them."""
+
+    model: str
+    repository: str
+    """Where the SAEs are; `release` and `saes` are sae-lens' names of them."""
+    release: str
+    saes: tuple[str, ...]
+    hook: str
+    skip: int
+    mebibytes: int
+
+
+DOWNLOADABLE = {
+    "pythia-70m": HubEntry(
+        model="EleutherAI/pythia-70m-deduped",
+        repository="ctigges/pythia-70m-deduped__res-sm_processed",
+        release="pythia-70m-deduped-res-sm",
+        saes=tuple(f"blocks.{block}.hook_resid_post" for block in range(6)),
+        hook="blocks.3.hook_resid_post",
+        skip=32,
+        mebibytes=1100,
+    ),
+}
 
 
 class Autoencoders(Mapping[str, "SAE[Any]"]):
@@ -54,9 +84,7 @@ class Autoencoders(Mapping[str, "SAE[Any]"]):
                 f"choose one of {', '.join(self)}"
             )
         if name not in self._opened:
-            folder = self._suite.path / "saes" / name
-            self._suite.verify(f"saes/{name}/")
-            sae = load_autoencoder(folder)
+            sae = self._suite.read_sae(name)
             check_fits(sae, self._suite.model)
             self._opened[name] = sae
         return self._opened[name]
@@ -75,12 +103,15 @@ class Suite:
         """The language model, through TransformerBridge, compared with transformers on opening."""
         return self.open_model()
 
-    def open_model(self, backend: str = "bridge") -> Model:
+    def open_model(self, backend: Backend = "bridge") -> Model:
         """The model through another backend, see `darkmatter.open_model`."""
-        from darkmatter.models import open_model
-
         self.verify("model/")
         return open_model(self.path / "model", backend=backend)
+
+    def read_sae(self, name: str) -> SAE[Any]:
+        """One SAE from its folder, verified; `saes` keeps those that were read."""
+        self.verify(f"saes/{name}/")
+        return load_autoencoder(self.path / "saes" / name)
 
     @cached_property
     def saes(self) -> Autoencoders:
@@ -114,9 +145,7 @@ class Suite:
         held, rising = ("aim_l0", "d_sae") if kind == "width" else ("d_sae", "aim_l0")
         rows = [s for s in self.manifest["saes"] if s["hook"] == self.hook]
         common = max({r[held] for r in rows}, key=lambda v: sum(r[held] == v for r in rows))
-        return [
-            r["name"] for r in sorted(rows, key=lambda r: r[rising]) if r[held] == common
-        ]
+        return [r["name"] for r in sorted(rows, key=lambda r: r[rising]) if r[held] == common]
 
     @cached_property
     def documents(self) -> tuple[str, ...]:
@@ -166,6 +195,51 @@ class Suite:
                 verify_sha256(self.path / file, digest)
 
 
+class HubSuite(Suite):
+    """A suite whose model and SAEs come from the hub (or its local cache)."""
+
+    @property
+    def entry(self) -> HubEntry:
+        return DOWNLOADABLE[self.name]
+
+    def open_model(self, backend: Backend = "bridge") -> Model:
+        """The model, downloaded once. Raises Refusal naming the repository when it cannot be."""
+        return open_model(self.entry.model, backend=backend)
+
+    def read_sae(self, name: str) -> SAE[Any]:
+        """One SAE of the release, downloaded once."""
+        from sae_lens import SAE
+
+        require_cached_or_hub(self.entry.repository, "SAEs")
+        return SAE.from_pretrained(self.entry.release, name, device="cpu").eval()
+
+    @cached_property
+    def _stored(self) -> dict[str, torch.Tensor]:
+        embedded = load_suite("pydocs")
+        reader: Any = embedded.model.tokenizer
+        writer: Any = self.model.tokenizer
+        length = min(256, self.model.n_context) - 1
+        stored: dict[str, torch.Tensor] = {}
+        for split in SPLITS:
+            source = embedded.tokens(split)
+            rows: list[list[int]] = []
+            document: list[int] = []
+            for number in source.document.unique_consecutive().tolist():
+                ids = source.tokens[source.document == number][:, 1:].flatten()
+                new = writer(reader.decode(ids), add_special_tokens=False)["input_ids"]
+                cut = [new[i : i + length] for i in range(0, len(new) - length + 1, length)]
+                rows += [[writer.bos_token_id, *part] for part in cut]
+                document += [number] * len(cut)
+            stored[f"{split}/tokens"] = torch.tensor(rows)
+            stored[f"{split}/document"] = torch.tensor(document)
+        return stored
+
+    @cached_property
+    def documents(self) -> tuple[str, ...]:
+        """Names of the held-out documents, those of `pydocs`."""
+        return load_suite("pydocs").documents
+
+
 def list_suites() -> list[dict[str, Any]]:
     """What can be loaded: name, where from, size in MiB, number of SAEs, whether it is here."""
     rows: list[dict[str, Any]] = []
@@ -181,26 +255,46 @@ def list_suites() -> list[dict[str, Any]]:
                 "cached": True,
             }
         )
+    for name, entry in DOWNLOADABLE.items():
+        rows.append(
+            {
+                "name": name,
+                "source": f"{entry.model}, {entry.repository}",
+                "mebibytes": float(entry.mebibytes),
+                "saes": len(entry.saes),
+                "cached": is_cached(entry.model) and is_cached(entry.repository),
+            }
+        )
     return rows
 
 
 def load_suite(name_or_path: str | Path = "pydocs") -> Suite:
-    """Open an embedded suite by name, or a suite folder made by a rebuild.
+    """Open a suite by name, or a suite folder made by a rebuild.
 
-    Reads the manifest only; weights are verified and read when first used. Raises Refusal for
-    an unknown name (listing those that exist) and for a folder without a manifest.
+    An embedded suite or folder: reads the manifest; weights are verified and read when first
+    used. A downloadable suite: opens the model, downloading it if it is not cached.
+
+    Raises Refusal for an unknown name (listing those that exist), a folder without a manifest,
+    and, within 5 seconds, a downloadable suite without network or cache.
     """
     text = str(name_or_path)
+    if text in DOWNLOADABLE:
+        entry = DOWNLOADABLE[text]
+        manifest: dict[str, Any] = {"name": text, "hook": entry.hook, "skip": entry.skip}
+        manifest |= {"files": {}, "saes": [{"name": n, "hook": n} for n in entry.saes]}
+        suite = HubSuite(text, Path(), manifest)
+        suite.model  # noqa: B018 - refuses now, not in the middle of work
+        return suite
     path = EMBEDDED.get(text)
     if path is None:
         path = Path(name_or_path)
         if not (path / "suite.json").exists():
             raise Refusal(
                 f"expected the name of a suite or a suite folder, got {text!r}; "
-                f"known suites: {', '.join(EMBEDDED)}"
+                f"known suites: {', '.join([*EMBEDDED, *DOWNLOADABLE])}"
             )
-    manifest = _read_manifest(text, path)
-    return Suite(str(manifest["name"]), path, manifest)
+    found = _read_manifest(text, path)
+    return Suite(str(found["name"]), path, found)
 
 
 def _read_manifest(name: str, path: Path) -> dict[str, Any]:

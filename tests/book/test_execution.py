@@ -1,4 +1,4 @@
-"""Executing chapters: in a kernel, once, measured; what is wrong is refused before or named after."""
+"""Executing chapters: in a kernel, once, measured; what is wrong is refused before or named."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_the_same_seed_gives_the_same_records_and_no_seed_does_not(
     first = execution.executed_notebooks(tmp_path / "seeded" / "first")["99"]
     assert ledger.records_of(first)[0].seed == 3
     injected = [cell for cell in first.cells if "remove-cell" in tags_of(cell)]
-    assert [cell.source.split("\n")[-1] for cell in injected] == ["seed = 3"]
+    assert [cell.source.strip().split("\n")[-1] for cell in injected] == ["seed = 3"]
     unseeded = make_book(LIGHT.replace("SEED", ""))
     (difference,) = execution.differences(unseeded, "99", {}, tmp_path / "unseeded")
     assert difference.startswith("a: the first run gave 0.")

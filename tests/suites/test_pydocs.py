@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,8 @@ import pytest
 import torch
 
 import darkmatter as dm
-from darkmatter.suites import EMBEDDED, digest
 from darkmatter.suites.pydocs import corpus, recipe
 from darkmatter.suites.pydocs.language_model import (
-    END_OF_TEXT,
     LanguageModelRecipe,
     TiedCrossEntropy,
     document_contexts,
@@ -58,7 +57,7 @@ def test_every_sae_keeps_what_was_promised(suite: dm.Suite) -> None:
     for kind in ("width", "l0"):
         falling = fvu[suite.grid(kind)].tolist()
         assert len(falling) == 5
-        assert all(a > b for a, b in zip(falling, falling[1:], strict=False)), kind
+        assert all(a > b for a, b in pairwise(falling)), kind
 
 
 def test_validation_cross_entropy(suite: dm.Suite) -> None:
@@ -193,8 +192,16 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     from darkmatter.suites.pydocs.language_model import train_language_model
 
     small = LanguageModelRecipe(
-        d_model=16, n_layer=1, n_head=2, d_mlp=32, n_context=16, vocabulary=64,
-        batch_contexts=4, micro_contexts=2, steps=8, warmup_steps=2,
+        d_model=16,
+        n_layer=1,
+        n_head=2,
+        d_mlp=32,
+        n_context=16,
+        vocabulary=64,
+        batch_contexts=4,
+        micro_contexts=2,
+        steps=8,
+        warmup_steps=2,
     )
     stream = torch.randint(1, 64, (400,), generator=torch.Generator().manual_seed(0)).short()
     validation = packed_contexts(stream, 16, 0)[:4]
@@ -219,7 +226,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_docstrings_in_source_order_with_qualified_names() -> None:
-    source = '"""M."""\nclass A:\n    """C."""\n    def f(self):\n        """F."""\ndef g():\n    """G."""\n'
+    method = '    """C."""\n    def f(self):\n        """F."""\n'
+    source = f'"""M."""\nclass A:\n{method}def g():\n    """G."""\n'
     assert list(corpus.docstrings(source)) == [("", "M."), ("A", "C."), ("A.f", "F."), ("g", "G.")]
 
 
@@ -258,10 +266,19 @@ def test_licences(licence: str, permitted: bool) -> None:
 
 
 def test_contexts_lie_in_one_document_each() -> None:
-    documents = [torch.arange(1, 8).short(), torch.arange(10, 13).short(), torch.arange(20, 30).short()]
+    documents = [
+        torch.arange(1, 8).short(),
+        torch.arange(10, 13).short(),
+        torch.arange(20, 30).short(),
+    ]
     tokens, index = document_contexts(documents, 4)
     assert tokens.tolist() == [
-        [0, 1, 2, 3], [0, 4, 5, 6], [0, 10, 11, 12], [0, 20, 21, 22], [0, 23, 24, 25], [0, 26, 27, 28],
+        [0, 1, 2, 3],
+        [0, 4, 5, 6],
+        [0, 10, 11, 12],
+        [0, 20, 21, 22],
+        [0, 23, 24, 25],
+        [0, 26, 27, 28],
     ]
     assert index.tolist() == [0, 0, 1, 2, 2, 2]
     assert document_contexts(documents, 4, most=1)[1].tolist() == [0, 1, 2]
@@ -298,5 +315,3 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert scale[9:60] == pytest.approx([1.0] * 51)
     assert scale[80] == pytest.approx(0.5)
     assert scale[99] == pytest.approx(1 / 40)
-    assert END_OF_TEXT == "<|endoftext|>"
-    assert digest(EMBEDDED["pydocs"] / "documents.json") == dm.load_suite().manifest["files"]["documents.json"]

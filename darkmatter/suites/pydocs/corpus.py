@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PERMITTED = re.compile(r"\b(MIT|BSD|0BSD|Apache|PSF|Python Software Foundation|HPND)\b", re.IGNORECASE)
+PERMITTED = re.compile(
+    r"\b(MIT|BSD|0BSD|Apache|PSF|Python Software Foundation|HPND)\b", re.IGNORECASE
+)
 REFUSED = re.compile(r"GPL|MPL|Mozilla|GNU|EPL|CC-BY-NC|Proprietary", re.IGNORECASE)
 SHORTEST_DOCSTRING = 60
 """Characters; shorter docstrings ("Return self.") teach a model nothing but boilerplate."""
@@ -156,7 +158,7 @@ def deduplicate(
     for module, package, found in modules:
         sections: list[str] = []
         for name, text in found:
-            if len(text) < SHORTEST_DOCSTRING or not text.isprintable() and "\x00" in text:
+            if len(text) < SHORTEST_DOCSTRING or "\x00" in text:
                 continue
             paragraphs = [
                 p
@@ -185,7 +187,7 @@ def collect(
 
 
 def split_of(document: Document, held_out: float = 0.1) -> str:
-    """"train", "fit" or "test", by a hash of the document's name, so that it never moves.
+    """ "train", "fit" or "test", by a hash of the document's name, so that it never moves.
 
     A share `held_out` of the documents is never trained on; 60 % of it is "fit", 40 % "test".
     """

@@ -157,7 +157,7 @@ class TiedCrossEntropy(torch.autograd.Function):
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Approximate U V' of the singular value decomposition, by a quintic Newton-Schulz iteration."""
+    """Roughly U V' of the singular value decomposition, by five quintic Newton-Schulz steps."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = (matrix / (matrix.norm() + 1e-7)).bfloat16()
     tall = x.shape[0] > x.shape[1]
@@ -233,7 +233,9 @@ def mean_loss(model: Any, contexts: Tensor, batch: int = 16) -> float:
             logits = model(rows).logits[:, :-1].float()
             target = rows[:, 1:]
             total += float(
-                torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+                torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), target.flatten(), reduction="sum"
+                )
             )
             count += target.numel()
     return total / count
@@ -290,11 +292,21 @@ def train_language_model(
         optimiser.step(step + 1, learning_rate_scale(step, recipe))
         done = step + 1
         if done % 20 == 0:
-            rate = (done - begin) * recipe.batch_contexts * recipe.n_context / (time.monotonic() - start)
+            rate = (
+                (done - begin)
+                * recipe.batch_contexts
+                * recipe.n_context
+                / (time.monotonic() - start)
+            )
             log(f"step {done}/{recipe.steps} loss {loss:.3f} {rate:.0f} tokens/s")
         if done % checkpoint_every == 0 or done == recipe.steps:
             held_out = mean_loss(model, validation[:128])
-            entry = {"step": done, "loss": loss, "validation": held_out, "seconds": time.monotonic() - start}
+            entry = {
+                "step": done,
+                "loss": loss,
+                "validation": held_out,
+                "seconds": time.monotonic() - start,
+            }
             with (folder / "history.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             log(f"step {done} validation {held_out:.4f}")

@@ -36,7 +36,7 @@ class AutoencoderRecipe:
 
     @property
     def name(self) -> str:
-        """"blocks.2.hook_resid_post", 2048, 8 -> "resid_post.2-2048-l8"."""
+        """ "blocks.2.hook_resid_post", 2048, 8 -> "resid_post.2-2048-l8"."""
         parts = self.hook.split(".")
         return f"{parts[-1].removeprefix('hook_')}.{parts[1]}-{self.d_sae}-l{self.l0:g}"
 
@@ -64,10 +64,10 @@ class SuiteRecipe:
     )
     packages: frozenset[str] | None = None
     """Distribution names to read; None reads all under a permitted licence."""
-    activations: int = 10_500_000
+    activations: int = 10_010_000
     """Activations collected at each hook, positions 1 and on of training documents."""
     training: SparseTrainingRecipe = field(
-        default_factory=lambda: SparseTrainingRecipe(d_sae=1, l0=1, activations=10_500_000)
+        default_factory=lambda: SparseTrainingRecipe(d_sae=1, l0=1, activations=10_010_000)
     )
     """Settings that every SAE shares; width and L0 are filled in for each."""
     held_out: float = 0.1
@@ -85,8 +85,16 @@ class SuiteRecipe:
         middle = "blocks.1.hook_resid_post"
         return SuiteRecipe(
             language_model=LanguageModelRecipe(
-                d_model=32, n_layer=2, n_head=2, d_mlp=64, n_context=64, vocabulary=512,
-                batch_contexts=8, micro_contexts=8, steps=60, warmup_steps=5,
+                d_model=32,
+                n_layer=2,
+                n_head=2,
+                d_mlp=64,
+                n_context=64,
+                vocabulary=512,
+                batch_contexts=8,
+                micro_contexts=8,
+                steps=60,
+                warmup_steps=5,
             ),
             autoencoders=(AutoencoderRecipe(middle, 64, 4), AutoencoderRecipe(middle, 128, 4)),
             packages=frozenset({"click", "packaging", "jinja2", "attrs", "networkx"}),
@@ -253,7 +261,8 @@ def collect_activations(recipe: SuiteRecipe, work: Path, log: Log) -> dict[str, 
             model.transformer(part.long())
             writer.at = min(rows, writer.at + len(part) * (n_context - 1))
             if number % 100 == 99 or writer.at == rows:
-                log(f"activations: {writer.at}/{rows} {writer.at / (time.monotonic() - start):.0f}/s")
+                rate = writer.at / (time.monotonic() - start)
+                log(f"activations: {writer.at}/{rows} {rate:.0f}/s")
             if writer.at == rows:
                 break
     writer.close()
@@ -397,7 +406,9 @@ def package(recipe: SuiteRecipe, work: Path, out: Path, log: Log) -> None:
         "packages": json.loads((work / "packages.json").read_text(encoding="utf-8")),
         "language_model": asdict(recipe.language_model),
         "seed": recipe.seed,
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "sae-lens")},
+        "versions": {
+            p: importlib.metadata.version(p) for p in ("torch", "transformers", "sae-lens")
+        },
         "training": [json.loads(line) for line in _lines(work / "training" / "history.jsonl")],
         "files": {
             f.relative_to(new).as_posix(): digest(f) for f in sorted(new.rglob("*")) if f.is_file()

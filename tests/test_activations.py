@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HOOK, VOCABULARY
 from torch import Tensor
 
 from darkmatter._refusal import Refusal
 from darkmatter.activations import Batch, Tokens, collect, stream
 from darkmatter.models import Model
+from tests.conftest import HOOK, VOCABULARY
 
 
 @pytest.fixture

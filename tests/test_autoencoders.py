@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_MODEL, HOOK
 from torch import Tensor
 
 from darkmatter._refusal import Refusal
@@ -28,6 +27,7 @@ from darkmatter.autoencoders import (
 )
 from darkmatter.leastsquares import LinearMap, LinearStatistics, fvu
 from darkmatter.models import Model
+from tests.conftest import D_MODEL, HOOK
 
 NAMES = ("jumprelu", "topk", "topk_rescaled", "standard", "gated", "normalised")
 AFFINE = NAMES[:-1]

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import N_CONTEXT, N_LAYER, VOCABULARY, write_model
 from torch import Tensor, nn
 
 from darkmatter import models
 from darkmatter._files import CorruptFile
 from darkmatter._refusal import Refusal
 from darkmatter.models import BackendDisagreement, Model, open_model
+from tests.conftest import N_CONTEXT, N_LAYER, VOCABULARY, write_model
 
 STAGES = ("hook_resid_pre", "attn.hook_z", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 # float32 rounding of sums of order 1 to 10 through three blocks, computed in another order.
@@ -369,7 +369,8 @@ def test_offline_a_name_that_is_not_cached_is_refused_at_once() -> None:
 def locate_in_another_process(home: Path, endpoint: str, name: str) -> tuple[str, float]:
     """What `locate` says, and the seconds it took, with a hub of its own and not offline."""
     code = (
-        "import time; from darkmatter._hub import locate; start = time.monotonic()\n"
+        "import time; from huggingface_hub import constants, try_to_load_from_cache\n"
+        "from darkmatter._hub import locate; start = time.monotonic()\n"
         f"try: print(locate({name!r}))\n"
         "except ValueError as error: print(error)\n"
         "print(time.monotonic() - start)"

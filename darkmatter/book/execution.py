@@ -213,6 +213,7 @@ def finish(notebook: NotebookNode, name: str) -> None:
         if SOLUTION_TAG in tags and cell.cell_type == "code":
             cell.metadata["tags"] = [*tags, "hide-input"]
             cell.metadata["mystnb"] = {"code_prompt_show": "Show the solution"}
+        _join_record_lines(cell)
         images = [
             output
             for output in cell.get("outputs", [])
@@ -241,6 +242,15 @@ def finish(notebook: NotebookNode, name: str) -> None:
                 }
             )
     notebook.metadata.pop("papermill", None)
+
+
+def _join_record_lines(cell: NotebookNode) -> None:
+    """One box of "recorded ..." lines a cell; the records themselves stay where they are."""
+    data = [output.get("data", {}) for output in cell.get("outputs", [])]
+    recorded = [one for one in data if ledger.RECORD_MIME in one and "text/plain" in one]
+    if recorded:
+        lines = [str(one.pop("text/plain")) for one in recorded]
+        recorded[0]["text/plain"] = "\n".join(lines)
 
 
 def _parameters(path: Path, given: Mapping[str, object]) -> dict[str, object]:

@@ -93,6 +93,8 @@ def test_the_page_shows_said_numbers_formulas_and_described_figures(rendered: Bo
     assert "Error against width, 0.311 (0.305 to 0.317) at first." in page
     assert "Show the solution" in page
     assert "vnd.darkmatter" not in page
+    # The four records of one cell stand in one box.
+    assert "recorded mini-fvu = 0.311 [0.305, 0.317]\nrecorded mini-random" in page
 
 
 @pytest.mark.parametrize(

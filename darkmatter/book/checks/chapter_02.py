@@ -13,7 +13,7 @@ from darkmatter.scaling import PowerLaw, fit_power_law
 
 Floats = NDArray[np.float64]
 
-_WIDTHS: Floats = 512.0 * 2.0 ** np.arange(5)
+_WIDTHS: Floats = np.array([512.0, 1024.0, 2048.0, 4096.0, 8192.0])
 # What an honest fit of points on a law without a floor may report: rounding, amplified.
 _NO_FLOOR = 1e-3
 
@@ -55,7 +55,7 @@ def floor_and_scale(answer: Callable[[Floats, Floats, float], tuple[float, float
     found = answer(_WIDTHS, exact, 0.5)
     assert np.shape(found) == (2,), "Return two numbers: floor, scale."
     assert not np.allclose(found, [2.5, 0.2]), "Floor and scale are exchanged."
-    assert not np.allclose(found, [0, (_WIDTHS**-0.5 @ exact) / (1 / _WIDTHS).sum()]), (
+    assert not np.allclose(found, [0.0, float((_WIDTHS**-0.5 @ exact) / (1 / _WIDTHS).sum())]), (
         "That is the fit through zero: the law needs an intercept, its floor."
     )
     assert np.allclose(found, [0.2, 2.5]), (
@@ -72,7 +72,7 @@ def floor_and_scale(answer: Callable[[Floats, Floats, float], tuple[float, float
         "You set the negative floor to zero but kept the scale that belonged to it. Fit the scale "
         "again, without an intercept."
     )
-    assert np.allclose([floor, scale], [0, (r @ low) / (r @ r)]), (
+    assert np.allclose([floor, scale], [0.0, float((r @ low) / (r @ r))]), (
         "With the floor held at zero the scale is sum(r * fvu) / sum(r * r)."
     )
     rising = answer(_WIDTHS, exact[::-1].copy(), 0.5)
@@ -156,7 +156,7 @@ def expected_on_new_rows(answer: Callable[[float, int, int], float]) -> None:
     )
 
 
-def simulated_fvu(width: ArrayLike, lengths: ArrayLike) -> Floats:
+def simulated_fvu(width: ArrayLike, lengths: ArrayLike | float) -> Floats:
     """FVU of SAEs without a floor that are worse when trained on few activations per latent.
 
     `lengths` are millions of activations, one for each width:

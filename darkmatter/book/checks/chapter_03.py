@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,12 +29,14 @@ def near(a: float, b: float, tolerance: float = 1e-6) -> bool:
     return abs(float(a) - b) <= tolerance
 
 
-@exercise("03.1", difficulty=1, minutes=8, teaches="The two averages weigh the dimensions differently.")
-def two_averages(answer: Callable[[Tensor, Tensor], tuple[float, float]]) -> str:
+@exercise(
+    "03.1", difficulty=1, minutes=8, teaches="The two averages weigh the dimensions differently."
+)
+def two_averages(answer: Callable[..., Any]) -> str:
     """Both averages on a target whose dimensions differ a hundredfold in size."""
     y, y_hat = uneven()
     given = answer(y, y_hat)
-    if not isinstance(given, tuple | list) or len(given) != 2:
+    if not isinstance(given, tuple | list) or len(cast("list[Any]", given)) != 2:
         raise NotYet("Return a pair of numbers: (dims, pooled).")
     dims, pooled = (float(one) for one in given)
     right = r2(y, y_hat, "dims"), r2(y, y_hat, "pooled")
@@ -58,13 +61,15 @@ def two_averages(answer: Callable[[Tensor, Tensor], tuple[float, float]]) -> str
     )
 
 
-@exercise("03.2", difficulty=2, minutes=8, teaches="The error of a dead SAE is x itself: R2 is one.")
-def dead_probe(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> str:
+@exercise(
+    "03.2", difficulty=2, minutes=8, teaches="The error of a dead SAE is x itself: R2 is one."
+)
+def dead_probe(answer: Callable[..., Any]) -> str:
     """The map that predicts x - mean(x) from x."""
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(400, 6, generator=generator, dtype=torch.float64) + 3.0
     given = answer(x)
-    if not isinstance(given, tuple | list) or len(given) != 2:
+    if not isinstance(given, tuple | list) or len(cast("list[Any]", given)) != 2:
         raise NotYet("Return a pair of tensors: (weight, bias).")
     weight, bias = given
     if tuple(weight.shape) != (6, 6) or tuple(bias.shape) != (6,):
@@ -75,14 +80,18 @@ def dead_probe(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> str:
     weight, bias = weight.double(), bias.double()
     identity = torch.eye(6, dtype=torch.float64)
     assert not torch.allclose(weight, torch.zeros_like(weight)), (
-        "A weight of zero is the map of the SAE, which returns the mean; its error is the rest of x."
+        "A weight of zero is the map of the SAE, which returns the mean; its error is the rest."
     )
     assert not torch.allclose(weight, -identity), "The sign is wrong: the error is x - x_hat."
-    assert torch.allclose(weight, identity), "The error is x less a constant: which weight copies x?"
+    assert torch.allclose(weight, identity), (
+        "The error is x less a constant: which weight copies x?"
+    )
     assert not torch.allclose(bias, torch.zeros_like(bias)), (
         "With bias zero this is the map for the SAE that returns zero; this one returns the mean."
     )
-    assert not torch.allclose(bias, x.mean(0)), "The sign of the bias is wrong: x_hat is subtracted."
+    assert not torch.allclose(bias, x.mean(0)), (
+        "The sign of the bias is wrong: x_hat is subtracted."
+    )
     assert torch.allclose(bias, -x.mean(0)), "The bias must take the mean of x away."
     return "R2 is one for an SAE without a single feature: R2 is no grade."
 
@@ -129,7 +138,7 @@ def shrinkage_factor(answer: Callable[[Tensor, Tensor], float]) -> str:
 
 
 @exercise("03.4", difficulty=3, minutes=15, teaches="Moments merge exactly, if the means are kept.")
-def merged_moment(answer: Callable[..., Tensor]) -> str:
+def merged_moment(answer: Callable[..., Any]) -> str:
     """Two parts of unequal size and mean, against the moment of all rows."""
     generator = torch.Generator().manual_seed(6)
     rows = torch.randn(500, 4, generator=generator, dtype=torch.float64)
@@ -166,7 +175,9 @@ def rows_for_a_lie(answer: Callable[[int, float], int]) -> str:
         if isinstance(n, bool) or int(n) != n:
             raise NotYet(f"Return a whole number of rows, not {n!r}.")
         n = int(n)
-        assert n != round(d * wanted), "That is fewer rows than inputs: no fit at all. Divide by R2."
+        assert n != round(d * wanted), (
+            "That is fewer rows than inputs: no fit at all. Divide by R2."
+        )
         assert wanted == 0.5 or abs(n - d / (1 - wanted)) > 1.5, (
             "That gives 1 - R2: chance scores d / (n - 1) in-sample, not 1 - d / n."
         )

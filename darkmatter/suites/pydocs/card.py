@@ -34,7 +34,8 @@ and {len(manifest["saes"])} sparse autoencoders. Rebuild it with
 {model["d_mlp"]}, context {model["n_context"]}, vocabulary {model["vocabulary"]} (byte-level BPE),
 tied embeddings, no dropout. Trained on {trained_on / 1e6:.1f} M tokens ({model["steps"]} steps of
 {model["batch_contexts"]} contexts, bfloat16, Muon for matrices at {model["muon_rate"]:g} and Adam
-at {model["adam_rate"]:g}, seed {model["seed"]}) in {hours:.1f} hours on two CPU cores shared with other work.
+at {model["adam_rate"]:g}, seed {model["seed"]}) in {hours:.1f} hours on two CPU cores shared with
+other work.
 Validation cross entropy: {validation["nats"]:.3f} nats a token over {validation["tokens"]}
 predicted tokens of {validation["documents"]} documents that were never trained on.
 Weights are stored in float16.

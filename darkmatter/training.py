@@ -33,7 +33,7 @@ class SparseTrainingRecipe:
     activations: int = 10_000_000
     batch: int = 4096
     learning_rate: float | None = None
-    """Adam's; None is 1e-3 at 2048 latents and falls with the square root of the width."""
+    """Adam's; None is 1e-3, and more below 2048 latents, by the square root of the ratio."""
     warmup_share: float = 0.03
     decay_share: float = 0.3
     auxiliary: float = 1 / 32
@@ -45,7 +45,7 @@ class SparseTrainingRecipe:
 
     @property
     def rate(self) -> float:
-        return self.learning_rate or 1e-3 * (2048 / self.d_sae) ** 0.5
+        return self.learning_rate or 1e-3 * max(1.0, (2048 / self.d_sae) ** 0.5)
 
 
 @dataclass(frozen=True)

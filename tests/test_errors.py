@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from darkmatter._refusal import Refusal
 from darkmatter.errors import scalar_share, split_error
 from darkmatter.leastsquares import LinearStatistics, fvu, r2
+from tests.common import normal, refused
 
 mathematics = settings(deadline=None, max_examples=30)
-
-
-@contextmanager
-def refused(message: str) -> Iterator[None]:
-    """The annotations, checked in tests only, would answer first; a user meets the Refusal."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(Refusal, match=message):
-            yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class TestSplitError:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -16,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from darkmatter import intervals
-from darkmatter._refusal import Refusal
 from darkmatter.intervals import (
     Interval,
     bootstrap,
@@ -27,21 +23,7 @@ from darkmatter.intervals import (
     r2_from_totals,
 )
 from darkmatter.leastsquares import fvu, r2
-
-
-@contextmanager
-def refused(message: str) -> Iterator[None]:
-    """The annotations, checked in tests only, would answer first; a user meets the Refusal."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(Refusal, match=message):
-            yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.common import normal, refused
 
 
 def mean_from_totals(totals: Tensor) -> Tensor:

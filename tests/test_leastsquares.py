@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,29 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from darkmatter._refusal import Refusal
 from darkmatter.leastsquares import LinearMap, LinearStatistics, RidgeUsedWarning, fvu, r2
+from tests.common import normal, refused
 
 # Sums of at most a few thousand float64 terms, of well-conditioned data: 1e-16 times some hundreds.
 EXACT = 1e-12
 
 seeds = st.integers(0, 2**31 - 1)
 mathematics = settings(deadline=None, max_examples=40)
-
-
-@contextmanager
-def refused(message: str) -> Iterator[None]:
-    """The annotations, checked in tests only, would answer first; a user meets the Refusal."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(Refusal, match=message):
-            yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def rows(seed: int, n: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:

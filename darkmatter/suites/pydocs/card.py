@@ -12,7 +12,8 @@ def card(manifest: dict[str, Any]) -> str:
     saes = "\n".join(
         f"| `{s['name']}` | `{s['hook']}` | {s['d_sae']} | {s['aim_l0']:g} | {s['l0']:.2f} "
         f"| {s['fvu']:.4f} | {s['fvu_nonlinear']:.4f} | {100 * s['dead']:.1f} % "
-        f"| {s['training_activations'] / 1e6:.1f} M | {s['training_seconds']:.0f} |"
+        f"| {s['training_activations'] / 1e6:.1f} M | {s['learning_rate']:.1e} "
+        f"| {s['training_seconds']:.0f} |"
         for s in manifest["saes"]
     )
     packages = "\n".join(
@@ -46,8 +47,8 @@ number of activations; saved as JumpReLU with one threshold. Matrices are stored
 FVU, nonlinear FVU and L0: test documents, positions {manifest["skip"]} and on, probes fitted on the
 fit documents. Dead: never active on 1 M held-out tokens.
 
-| name | hook | d_sae | aimed L0 | L0 | FVU | FVU nonlinear | dead | activations | seconds |
-|---|---|---|---|---|---|---|---|---|---|
+| name | hook | d_sae | aimed L0 | L0 | FVU | FVU nonlinear | dead | activations | rate | seconds |
+|---|---|---|---|---|---|---|---|---|---|---|
 {saes}
 
 ## Text

@@ -431,6 +431,7 @@ def package(recipe: SuiteRecipe, work: Path, out: Path, log: Log) -> None:
         metadata = saes[entry["name"]].cfg.metadata
         entry |= {k: round(float(row[k]), 5) for k in ("l0", "fvu", "fvu_nonlinear")}
         entry["dead"] = round(dead[entry["name"]], 5)
+        entry["learning_rate"] = metadata.learning_rate
         entry["training_activations"] = metadata.training_activations
         entry["training_seconds"] = metadata.training_seconds
     _write(new / "README.md", card(manifest))

@@ -61,7 +61,7 @@ DOWNLOADABLE = {
 }
 
 
-class Autoencoders(Mapping[str, "SAE[Any]"]):
+class Autoencoders(Mapping[str, Any]):
     """The SAEs of a suite by name, read from disk and verified when first asked for."""
 
     def __init__(self, suite: Suite):

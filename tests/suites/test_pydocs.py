@@ -112,7 +112,7 @@ def test_sae_lens_opens_every_sae_and_its_explained_variance_agrees(suite: dm.Su
         with torch.no_grad():
             x_hat = sae.decode(sae.encode(x))
         theirs = ExplainedVarianceCalculator()
-        theirs.add_batch(x, x_hat)
+        theirs.add_batch(x_hat, x)
         assert dm.fvu(x, x_hat) == pytest.approx(1 - float(theirs.compute()), abs=1e-4)
         assert dm.fvu(x, dm.reconstruct(suite.saes[entry["name"]], x)) == pytest.approx(
             dm.fvu(x, x_hat), abs=1e-5

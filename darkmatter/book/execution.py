@@ -194,6 +194,24 @@ def _execute_one(
     return Execution(chapter, output, round(seconds, 1), memory.peak, skipped=False)
 
 
+def _figure_apart(cell: NotebookNode) -> list[NotebookNode]:
+    """The cell, preceded by one of its other outputs if it shows a figure.
+
+    myst-nb makes a figure, with caption and label, of every output of such a cell.
+    """
+    outputs = cell.get("outputs", [])
+    others = [one for one in outputs if FIGURE_KEY not in one.get("metadata", {})]
+    if not others or len(others) == len(outputs):
+        return [cell]
+    from nbformat.v4 import new_code_cell
+
+    cell.outputs = [one for one in outputs if FIGURE_KEY in one.get("metadata", {})]
+    before = new_code_cell(
+        "", id=f"{cell.id}-said", outputs=others, metadata={"tags": ["remove-input"]}
+    )
+    return [before, cell]
+
+
 def finish(notebook: NotebookNode, name: str) -> None:
     """Make an executed notebook ready for the page, in place.
 
@@ -241,6 +259,7 @@ def finish(notebook: NotebookNode, name: str) -> None:
                     "figure": {"caption": text["caption"], "name": text["name"]},
                 }
             )
+    notebook.cells = [part for cell in notebook.cells for part in _figure_apart(cell)]
     notebook.metadata.pop("papermill", None)
 
 

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from darkmatter.activations import Batch, Tokens, collect, stream
     from darkmatter.autoencoders import (
         LinearlyCorrected,
+        PursuitEncoder,
         load_autoencoder,
         reconstruct,
         sparse_decode,
         sparse_encode,
     )
     from darkmatter.errors import ErrorParts, scalar_share, split_error
+    from darkmatter.geometry import neighbour_cosines
     from darkmatter.intervals import Interval, bootstrap, document_sums
     from darkmatter.leastsquares import (
         LinearMap,
@@ -28,8 +30,16 @@ if TYPE_CHECKING:
         r2,
     )
     from darkmatter.models import Model, open_model
-    from darkmatter.scaling import PowerLaw, fit_power_law
+    from darkmatter.pursuit import gradient_pursuit, matching_pursuit, nonnegative_refit
+    from darkmatter.scaling import (
+        NormMoments,
+        PerTokenScaling,
+        PowerLaw,
+        fit_power_law,
+        per_token_scaling,
+    )
     from darkmatter.sparse import SparseCode
+    from darkmatter.splicing import Splice, splice
     from darkmatter.suites import Suite, list_suites, load_suite
     from darkmatter.survey import Survey, survey
 
@@ -38,17 +48,27 @@ _HOMES = {
     "activations": ("Batch", "Tokens", "collect", "stream"),
     "autoencoders": (
         "LinearlyCorrected",
+        "PursuitEncoder",
         "load_autoencoder",
         "reconstruct",
         "sparse_decode",
         "sparse_encode",
     ),
     "errors": ("ErrorParts", "scalar_share", "split_error"),
+    "geometry": ("neighbour_cosines",),
     "intervals": ("Interval", "bootstrap", "document_sums"),
     "leastsquares": ("LinearMap", "LinearStatistics", "RidgeUsedWarning", "fvu", "r2"),
     "models": ("Model", "open_model"),
-    "scaling": ("PowerLaw", "fit_power_law"),
+    "pursuit": ("gradient_pursuit", "matching_pursuit", "nonnegative_refit"),
+    "scaling": (
+        "NormMoments",
+        "PerTokenScaling",
+        "PowerLaw",
+        "fit_power_law",
+        "per_token_scaling",
+    ),
     "sparse": ("SparseCode",),
+    "splicing": ("Splice", "splice"),
     "suites": ("Suite", "list_suites", "load_suite"),
     "survey": ("Survey", "survey"),
 }
@@ -62,10 +82,14 @@ __all__ = [
     "LinearStatistics",
     "LinearlyCorrected",
     "Model",
+    "NormMoments",
+    "PerTokenScaling",
     "PowerLaw",
+    "PursuitEncoder",
     "Refusal",
     "RidgeUsedWarning",
     "SparseCode",
+    "Splice",
     "Suite",
     "Survey",
     "Tokens",
@@ -74,15 +98,21 @@ __all__ = [
     "document_sums",
     "fit_power_law",
     "fvu",
+    "gradient_pursuit",
     "list_suites",
     "load_autoencoder",
     "load_suite",
+    "matching_pursuit",
+    "neighbour_cosines",
+    "nonnegative_refit",
     "open_model",
+    "per_token_scaling",
     "r2",
     "reconstruct",
     "scalar_share",
     "sparse_decode",
     "sparse_encode",
+    "splice",
     "split_error",
     "stream",
     "survey",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,12 +22,14 @@ from darkmatter._files import CorruptFile, verify_safetensors, verify_sha256
 from darkmatter._refusal import Refusal
 from darkmatter.leastsquares import LinearMap
 from darkmatter.models import Model
+from darkmatter.pursuit import gradient_pursuit
 from darkmatter.sparse import SparseCode
 
 __all__ = [
     "Autoencoder",
     "CorruptFile",
     "LinearlyCorrected",
+    "PursuitEncoder",
     "check_fits",
     "decoder_of",
     "hook_of",
@@ -172,14 +175,34 @@ def _architecture(sae: Autoencoder) -> str:
     return str(sae.cfg.architecture())
 
 
-def _sparse(dense: Tensor) -> SparseCode:
-    row, column = dense.nonzero(as_tuple=True)
+def _encoded(sae: Autoencoder, x: Tensor) -> SparseCode:
+    """The code of one batch of rows."""
+    from sae_lens import JumpReLUSAE
+
+    if type(sae) is not JumpReLUSAE:
+        dense = sae.encode(x)
+        return _kept(dense, dense != 0)
+    # encode's own passes over all latents, relu(pre) * (pre > threshold), take several times as
+    # long as the matrix product.
+    pre = torch.addmm(sae.b_enc, sae.process_sae_in(x), sae.W_enc)
+    return _kept(pre, pre > sae.threshold.clamp(min=0))
+
+
+def _kept(dense: Tensor, active: Tensor) -> SparseCode:
+    """The entries of dense [n, m] where active, row by row."""
+    # On the CPU, torch's nonzero is many times slower than numpy's.
+    flat = (
+        torch.from_numpy(np.flatnonzero(active.numpy()))
+        if active.device.type == "cpu"
+        else active.flatten().nonzero()[:, 0]
+    )
+    row = flat // dense.shape[1]
     count = torch.bincount(row, minlength=len(dense))
     k = int(count.max()) if len(dense) else 0
-    # nonzero goes row by row, so an entry's place is its rank minus those of the rows before.
+    # An entry's place is its rank minus those of the rows before.
     place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
     values, indices = dense.new_zeros(len(dense), k), row.new_zeros(len(dense), k)
-    values[row, place], indices[row, place] = dense[row, column], column
+    values[row, place], indices[row, place] = dense.reshape(-1)[flat], flat % dense.shape[1]
     return SparseCode(values, indices)
 
 
@@ -201,11 +224,12 @@ def _stacked(parts: list[SparseCode], like: Tensor) -> SparseCode:
 def sparse_encode(sae: Autoencoder, x: Float[Tensor, "n d"], batch: int = 2048) -> SparseCode:
     """The codes sae.encode(x), of which only non-zero entries are kept; any architecture.
 
-    Dense codes exist for `batch` rows at a time, 4 * batch * d_sae bytes. Raises Refusal when x is
-    not [n, d_in], or for an autoencoder whose codes depend on the batch.
+    Hooks after the pre-activations of a JumpReLU SAE are not run. Dense codes exist for `batch`
+    rows at a time, 4 * batch * d_sae bytes. Raises Refusal when x is not [n, d_in], or for an
+    autoencoder whose codes depend on the batch.
     """
     with _flat(sae):
-        parts = [_sparse(sae.encode(rows.to(sae.W_dec.device))) for rows in _rows(sae, x, batch)]
+        parts = [_encoded(sae, rows.to(sae.W_dec.device)) for rows in _rows(sae, x, batch)]
     return _stacked(parts, x)
 
 
@@ -258,8 +282,12 @@ def reconstruct(
     decoder = decoder_of(sae) if _is_affine(sae) else None
     with _flat(sae):
         for part in rows:
-            dense = sae.encode(part.to(here))
-            decoded = sae.decode(dense) if decoder is None else _sparse(dense).decode(*decoder)
+            part = part.to(here)
+            decoded = (
+                sae.decode(sae.encode(part))
+                if decoder is None
+                else _encoded(sae, part).decode(*decoder)
+            )
             parts.append(decoded.to(x.device))
     return torch.cat(parts)
 
@@ -329,3 +357,63 @@ class LinearlyCorrected:
         flat = x.reshape(-1, x.shape[-1])
         corrected = reconstruct(self.sae, flat) + self.map(flat.to(self.dtype))
         return corrected.reshape(*x.shape[:-1], corrected.shape[-1])
+
+
+class PursuitEncoder:
+    """An autoencoder with its encoder replaced by a pursuit on its decoder directions:
+
+        f(x) = pursuit(x, W_dec, l0(x), b_dec),   x_hat = f(x) W_dec + b_dec
+
+    l0(x) is the number of latents that the SAE's own encoder activates on x, so that every token
+    keeps its sparsity (Engels, Smith and Tegmark 2025, section 6.1).  `pursuit` is called as
+    pursuit(x [n, d], dictionary [m, d], l0 [n], bias [d]) and returns a SparseCode.  W_dec and
+    b_dec are as they are used in decoding.  It is like an autoencoder: sae-lens' evals take it, and
+    LinearlyCorrected(PursuitEncoder(sae), map) is SAE + pursuit + linear map.
+
+    Raises Refusal for a transcoder, as a pursuit has to write the space that it reads, and for a
+    decoder that also needs the input.
+    """
+
+    def __init__(
+        self, sae: Autoencoder, pursuit: Callable[..., SparseCode] = gradient_pursuit
+    ) -> None:
+        if "transcoder" in _architecture(sae) or int(sae.W_dec.shape[1]) != int(sae.cfg.d_in):
+            raise Refusal(
+                f"A {_architecture(sae)} reads width {sae.cfg.d_in} and writes width "
+                f"{sae.W_dec.shape[1]} of another hook point, expected an autoencoder, which "
+                "writes what it reads; pass an SAE."
+            )
+        self.sae, self.pursuit = sae, pursuit
+        self.W_dec, self.b_dec = decoder_of(sae)
+        self.cfg: Any = copy.deepcopy(sae.cfg)
+        if hasattr(self.cfg, "rescale_acts_by_decoder_norm"):
+            # W_dec is the directions as they are used.
+            self.cfg.rescale_acts_by_decoder_norm = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows latents"]:
+        """The pursuit's dense code, with at most as many active latents as the SAE's."""
+        x = x.to(self.dtype)
+        with _flat(self.sae):
+            own = self.sae.encode(x)
+        l0 = (own != 0).sum(-1).flatten()
+        code = self.pursuit(x.flatten(0, -2), self.W_dec, l0, self.b_dec)
+        return code.dense(own.shape[-1]).to(own).view_as(own)
+
+    @torch.no_grad()
+    def decode(self, feature_acts: Float[Tensor, "*rows latents"]) -> Float[Tensor, "*rows d"]:
+        """f W_dec + b_dec."""
+        return feature_acts @ self.W_dec + self.b_dec
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        """x_hat, `reconstruct`ed some rows at a time."""
+        return reconstruct(self, x.flatten(0, -2)).view_as(x)

@@ -15,6 +15,8 @@ resid_post = resid_mid + mlp_out, and stays so when either is replaced.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import os
 import re
 from abc import ABC, abstractmethod
@@ -93,6 +95,7 @@ class Model(ABC):
         self._d_heads = heads * int(getattr(config, "head_dim", None) or self.d_model // heads)
         self.device = torch.device(network.device)
         self.dtype: torch.dtype = network.dtype
+        self._network = network
 
     def __repr__(self) -> str:
         return (
@@ -171,6 +174,110 @@ class Model(ABC):
             for row, ids in zip(logits, target, strict=True)
         ]
         return found, torch.stack(rows)
+
+    def resumes_at(self, hook: str) -> bool:
+        """Whether `resume` goes on from this hook: resid_post of a block, resid_pre of a later one.
+
+        Raises Refusal for an unknown hook.
+        """
+        self.width(hook)
+        return self._last_skipped(hook) is not None and _blocks_of(self._network) is not None
+
+    @torch.no_grad()
+    def resume(
+        self,
+        tokens: Int[Tensor, "b p"],
+        hook: str,
+        x: Float[Tensor, "b p d"],
+        positions: slice = slice(None),
+    ) -> Float[Tensor, "b q v"]:
+        """Logits at `positions` when x stands at `hook`; only the blocks after it are run.
+
+        Equal to logits(tokens, {hook: lambda _: x})[:, positions] to the rounding of the library.
+        Where the model takes the positions itself (logits_to_keep), no others are unembedded.
+        Raises Refusal for a hook other than those of `resumes_at`, or x not [b, p, d_model].
+        """
+        blocks = _blocks_of(self._network)
+        if not self.resumes_at(hook) or blocks is None:
+            raise Refusal(
+                f"{self.name} cannot go on from {hook!r}, expected a residual stream after the "
+                "first block (blocks.L.hook_resid_post); use logits(tokens, replace={hook: f})."
+            )
+        self._check_tokens(tokens)
+        if x.shape != (*tokens.shape, self.d_model):
+            raise Refusal(
+                f"x has shape {tuple(x.shape)}, expected {(*tokens.shape, self.d_model)}, the "
+                "residual stream of every token; put activations of all positions there."
+            )
+        x = x.detach().to(self.device, self.dtype)
+        last = self._last_skipped(hook)
+        assert last is not None
+        known = "logits_to_keep" in inspect.signature(self._network.forward).parameters
+        kept = torch.arange(tokens.shape[1], device=self.device)[positions]
+        more = {"logits_to_keep": kept} if known else {}
+        with _returning(blocks[: last + 1], (x, None) if self._blocks_give_tuples else x):
+            output = self._network(tokens.to(self.device).long(), use_cache=False, **more)
+        return output.logits if known else output.logits[:, kept]
+
+    def last_position(
+        self,
+        tokens: Int[Tensor, "b p"],
+        hook: str,
+        read: Sequence[str] = (),
+        with_logits: bool = True,
+        cached: bool = True,
+    ) -> LastPosition:
+        """What the model makes of other activations at the last position of some prompts.
+
+            run = model.last_position(tokens, hook, read)
+            found, logits = run(x, prompt)          # x [n, d], prompt [n]: rows of tokens
+
+        Row i stands at `hook` at the last position of prompt[i]. found[h] [n, width] at every hook
+        of `read`, all after `hook`; logits [n, v], or None without them. Attention looks back, so
+        the other positions stay as they are: with `cached` their keys and values are kept and only
+        the last position is run, in the blocks that are left. Where this is not supported (another
+        hook than a residual one, or a model whose first answers differ from full forwards), whole
+        prompts are run. `run.cached` tells which. Raises Refusal for unknown hooks, or for one of
+        `read` that does not come after `hook`.
+        """
+        late = [name for name in read if self._place(name) <= self._place(hook)]
+        if late:
+            raise Refusal(
+                f"{late[0]!r} cannot be read when {hook!r} is replaced, expected hooks that come "
+                "after it; read a later one."
+            )
+        self._check_tokens(tokens)
+        tokens = tokens.to(self.device).long()
+        whole = _WholePrompts(self, tokens, hook, tuple(read), with_logits)
+        if cached and _LastAlone.supports(self, hook, read):
+            alone = _LastAlone(self, tokens, hook, tuple(read), with_logits)
+            # Any cache of another kind, or mask that counts otherwise, shows here.
+            x = self.activations(tokens[:1], hook)[:, -1]
+            if _agree(alone(x, tokens.new_zeros(1)), whole(x, tokens.new_zeros(1)), self.dtype):
+                return alone
+        return whole
+
+    def _place(self, hook: str) -> int:
+        self.width(hook)
+        return self.hooks.index(hook)
+
+    def _last_skipped(self, hook: str) -> int | None:
+        """The last block that need not run when activations stand at a residual hook."""
+        block, stage = _stage(hook)
+        last = {RESID_POST: block, RESID_PRE: block - 1}.get(stage, -1)
+        return last if last >= 0 else None
+
+    @cached_property
+    def _blocks_give_tuples(self) -> bool:
+        found: list[bool] = []
+        blocks = _blocks_of(self._network)
+        assert blocks is not None
+        handle = blocks[0].register_forward_hook(
+            lambda _module, _inputs, output: found.append(isinstance(output, tuple))
+        )
+        with handle:
+            self._network(torch.zeros(1, 1, dtype=torch.int64, device=self.device), use_cache=False)
+        return found[0]
 
     def _logits(
         self, tokens: Tensor, hooks: Sequence[str], replace: Mapping[str, Replacement] | None
@@ -281,6 +388,148 @@ class _Visit:
     @property
     def done(self) -> bool:
         return not self.with_logits and len(self.found) == len(set(self.read))
+
+
+class LastPosition(ABC):
+    """Made by `Model.last_position`."""
+
+    cached: bool
+
+    def __init__(
+        self, model: Model, tokens: Tensor, hook: str, read: tuple[str, ...], with_logits: bool
+    ) -> None:
+        self.model, self.tokens, self.hook = model, tokens, hook
+        self.read, self.with_logits = read, with_logits
+
+    @torch.no_grad()
+    def __call__(
+        self, x: Float[Tensor, "n d"], prompt: Int[Tensor, " n"]
+    ) -> tuple[dict[str, Tensor], Float[Tensor, "n v"] | None]:
+        """Activations at every hook of `read`, and logits, at the last position of each row."""
+        if x.shape != (*prompt.shape, self.model.width(self.hook)):
+            raise Refusal(
+                f"x has shape {tuple(x.shape)} for {len(prompt)} prompts, expected one row of "
+                f"{self.model.width(self.hook)} for each; pass activations of {self.hook}."
+            )
+        return self._run(x.detach().to(self.model.device, self.model.dtype), prompt)
+
+    @abstractmethod
+    def _run(self, x: Tensor, prompt: Tensor) -> tuple[dict[str, Tensor], Tensor | None]: ...
+
+
+class _WholePrompts(LastPosition):
+    """By full forwards of every prompt."""
+
+    cached = False
+
+    def _run(self, x: Tensor, prompt: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        found: dict[str, Tensor] = {}
+
+        def put(whole: Tensor) -> Tensor:
+            whole[:, -1] = x
+            return whole
+
+        def keep(name: str) -> Replacement:
+            def act(whole: Tensor) -> Tensor:
+                found[name] = whole[:, -1]
+                return whole
+
+            return act
+
+        replace = {self.hook: put, **{name: keep(name) for name in self.read}}
+        logits = self.model.logits(self.tokens[prompt], replace)
+        return found, logits[:, -1] if self.with_logits else None
+
+
+class _LastAlone(LastPosition):
+    """With the keys and values of the other positions from one forward of each prompt."""
+
+    cached = True
+
+    @staticmethod
+    def supports(model: Model, hook: str, read: Sequence[str]) -> bool:
+        stages = {_stage(name)[1] for name in (hook, *read)}
+        last = f"blocks.{model.n_layer - 1}.{RESID_POST}"
+        return (
+            stages <= {RESID_PRE, RESID_POST}
+            and hook != last
+            and _blocks_of(model._network) is not None  # pyright: ignore[reportPrivateUsage]
+        )
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        model = self.model
+        self.network = model._network  # pyright: ignore[reportPrivateUsage]
+        blocks = _blocks_of(self.network)
+        assert blocks is not None
+        block, stage = _stage(self.hook)
+        self.blocks, self.first = blocks, block + (stage == RESID_POST)
+        parameters = inspect.signature(self.network.forward).parameters
+        none = torch.arange(0, device=model.device)
+        self.more = (
+            {"logits_to_keep": none}
+            if "logits_to_keep" in parameters and not self.with_logits
+            else {}
+        )
+        with torch.no_grad():
+            before = self.tokens[:, :-1]
+            self.past = (
+                self.network(before, use_cache=True).past_key_values if before.shape[1] else None
+            )
+
+    def _run(self, x: Tensor, prompt: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        past = copy.deepcopy(self.past)
+        if past is not None:
+            past.batch_select_indices(prompt)
+        x = x[:, None]
+        found: dict[str, Tensor] = {}
+
+        def put(_module: nn.Module, inputs: Any, named: Any) -> Any:
+            if inputs:
+                return (x, *inputs[1:]), named
+            return inputs, {**named, "hidden_states": x}
+
+        def keep(name: str) -> Callable[..., None]:
+            def act(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                found[name] = (output[0] if isinstance(output, tuple) else output)[:, -1]
+
+            return act
+
+        handles = [
+            self.blocks[self.first].register_forward_pre_hook(put, prepend=True, with_kwargs=True)
+        ]
+        for name in self.read:
+            block, stage = _stage(name)
+            handles.append(
+                self.blocks[block - (stage == RESID_PRE)].register_forward_hook(keep(name))
+            )
+        passed = (x, None) if self.model._blocks_give_tuples else x  # pyright: ignore[reportPrivateUsage]
+        try:
+            with _returning(self.blocks[: self.first], passed):
+                output = self.network(
+                    self.tokens[prompt, -1:],
+                    past_key_values=past,
+                    use_cache=past is not None,
+                    **self.more,
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found, output.logits[:, -1] if self.with_logits else None
+
+
+def _agree(
+    one: tuple[dict[str, Tensor], Tensor | None],
+    other: tuple[dict[str, Tensor], Tensor | None],
+    dtype: torch.dtype,
+) -> bool:
+    pairs = [(one[0][name], other[0][name]) for name in other[0]]
+    if one[1] is not None and other[1] is not None:
+        pairs.append((one[1], other[1]))
+    return all(
+        float((a.double() - b.double()).norm()) <= _TOLERANCE[dtype] * float(b.double().norm())
+        for a, b in pairs
+    )
 
 
 class _BridgeModel(Model):
@@ -473,6 +722,36 @@ def load_transformers(folder: Path, device: str, dtype: torch.dtype) -> Any:
     return network.to(device).eval().requires_grad_(False)
 
 
+def _blocks_of(network: Any) -> list[nn.Module] | None:
+    """The blocks of a transformers model in order, or None when it has no list of its depth."""
+    n_layer = network.config.get_text_config().num_hidden_layers
+    lists = (module for module in network.modules() if isinstance(module, nn.ModuleList))
+    return next((list(found) for found in lists if len(found) == n_layer), None)
+
+
+@contextmanager
+def _returning(blocks: Sequence[nn.Module], value: Any) -> Generator[None, None, None]:
+    """Inside, these blocks compute nothing and return `value`.
+
+    Their own `forward`, which a backend may have put on the instance, is back afterwards.
+    """
+
+    def passed(*_: Any, **__: Any) -> Any:
+        return value
+
+    own = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            # Not setattr, which the bridge's blocks hand on to what they wrap.
+            vars(block)["forward"] = passed
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            vars(block).pop("forward")
+            if forward is not None:
+                vars(block)["forward"] = forward
+
+
 def _longest_context(config: Any) -> int:
     # Models without position embeddings of any kind (ALiBi) have no limit.
     return int(getattr(config, "max_position_embeddings", None) or 2**31)
@@ -531,14 +810,7 @@ def _reference(network: Any) -> _Reference:
         generator=torch.Generator().manual_seed(0),
     ).to(network.device)
     # Not output_hidden_states: its last entry has gone through the final LayerNorm.
-    blocks = next(
-        (
-            module
-            for module in network.modules()
-            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
-        ),
-        None,
-    )
+    blocks = _blocks_of(network)
     if blocks is None:
         raise Refusal(
             f"No list of {config.num_hidden_layers} blocks was found in a "

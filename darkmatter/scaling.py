@@ -1,4 +1,6 @@
-"""How the error falls with the width of the SAE: a power law with a floor.
+"""How the error falls with the width of the SAE: as a whole, and token by token.
+
+`fit_power_law`, of the whole error:
 
     FVU(width)  ~  floor + scale * width^-exponent,        all three >= 0
 
@@ -12,21 +14,30 @@ form, which leaves an exact search in one dimension.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int, Int64
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.stats import f as f_distribution
+from torch import Tensor
 
 from darkmatter._refusal import Refusal
+from darkmatter.intervals import Interval, bootstrap
+from darkmatter.leastsquares import finite_rows, is_constant
 
 # Below these the law is a straight line in log width; above, a step at the smallest width.
 _EXPONENTS = np.geomspace(1e-4, 20, 240)
 # Residuals below this share of the FVU are float64 rounding: the points lie on the law.
 _EXACT = 1e-13
+# Below this determinant of their correlations, two columns of norms are one.
+_COLLINEAR = 1e-10
+# A share of the variance below this is float64 rounding of sums: nothing is left to explain.
+_NOTHING_LEFT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -251,3 +262,289 @@ def _checked(width: ArrayLike, fvu: ArrayLike) -> tuple[NDArray[np.float64], NDA
             "average the fvu of SAEs of one width, or keep one."
         )
     return widths, values
+
+
+Score = Literal["r2", "r2_with", "helped"]
+
+
+class NormMoments:
+    """What every regression among k columns of per-token norms needs, summed by document.
+
+        sums[document]  =  ( n,  sum z,  sum z z^T ),        z = norms - shift
+
+    Public and readable at any time: `document` [documents] (int64, ascending), `shift` [k] (the
+    mean of the first rows added) and `sums` [documents, 1 + k + k^2], both float64.  Rows come in
+    any number of batches, documents in any order, and parts merge.
+    """
+
+    def __init__(self, columns: int) -> None:
+        if columns < 1:
+            raise Refusal(
+                f"columns={columns}, expected at least 1; pass the number of columns of norms."
+            )
+        self.columns = columns
+        self.shift: Float64[Tensor, "k"] = torch.zeros(columns, dtype=torch.float64)
+        self.document: Int64[Tensor, "documents"] = torch.zeros(0, dtype=torch.int64)
+        self.sums: Float64[Tensor, "documents m"] = torch.zeros(
+            0, 1 + columns + columns**2, dtype=torch.float64
+        )
+
+    @property
+    def n(self) -> int:
+        """Number of tokens seen."""
+        return int(self.sums[:, 0].sum())
+
+    def partial_fit(
+        self, norms: Float[Tensor, "n k"], document: Int[Tensor, "n"] | None = None
+    ) -> NormMoments:
+        """Add tokens, of any float dtype; without `document` they count as one.  Returns self.
+
+        Raises Refusal for another number of columns, NaN or infinity, or when there is not one
+        document number for each row; nothing has been added then.
+        """
+        norms = finite_rows("norms", norms)
+        if norms.shape[1] != self.columns:
+            raise Refusal(
+                f"norms is {list(norms.shape)}, expected [n, {self.columns}]; pass one column for "
+                "each norm, or make the moments for this number of columns."
+            )
+        if document is None:
+            document = torch.zeros(len(norms), dtype=torch.int64)
+        if document.shape != norms.shape[:1] or document.is_floating_point():
+            raise Refusal(
+                f"document is {document.dtype} {list(document.shape)}, expected integers "
+                f"[{len(norms)}]; pass the document number of every row of norms."
+            )
+        if len(norms) == 0:
+            return self
+        norms, document = norms.detach().cpu().to(torch.float64), document.cpu().to(torch.int64)
+        if self.n == 0:
+            self.shift = norms.mean(0)
+        if bool((document.diff() < 0).any()):
+            order = document.argsort(stable=True)
+            norms, document = norms[order], document[order]
+        present, counts = document.unique_consecutive(return_counts=True)
+        parts = (norms - self.shift).split(cast("list[int]", counts.tolist()))
+        totals = torch.stack([part.sum(0) for part in parts])
+        products = torch.stack([(part.T @ part).flatten() for part in parts])
+        self._add(present, torch.cat([counts[:, None].to(torch.float64), totals, products], 1))
+        return self
+
+    def merge(self, other: NormMoments) -> NormMoments:
+        """Add the tokens that `other` has seen; `other` is unchanged.  Returns self.
+
+        Raises Refusal if the columns differ in number.
+        """
+        if other.columns != self.columns:
+            raise Refusal(
+                f"cannot merge moments of {other.columns} columns into those of {self.columns}, "
+                "expected the same number; merge moments of the same norms."
+            )
+        if self.n == 0:
+            self.shift = other.shift
+        self._add(other.document, other.about(self.shift))
+        return self
+
+    def about(self, centre: Float64[Tensor, "k"]) -> Float64[Tensor, "documents m"]:
+        """`sums` as they would be with `centre` [k] for shift."""
+        delta = self.shift - centre
+        n, total, product = _unpacked(self.sums, self.columns)
+        cross = total[:, :, None] * delta
+        product = product + cross + cross.mT + n[:, :, None] * torch.outer(delta, delta)
+        return torch.cat([n, total + n * delta, product.flatten(1)], 1)
+
+    def _add(self, document: Tensor, sums: Tensor) -> None:
+        both = torch.cat([self.document, document]).unique()
+        grown = torch.zeros(len(both), self.sums.shape[1], dtype=torch.float64)
+        grown[torch.searchsorted(both, self.document)] = self.sums
+        grown[torch.searchsorted(both, document)] += sums
+        self.document, self.sums = both, grown
+
+
+@dataclass(frozen=True, eq=False)
+class PerTokenScaling:
+    """How well the norm of one SAE predicts that of another, token by token.
+
+    Row i is predictor i, column j target j.  `r2` of target j regressed on [predictor i, 1];
+    `r2_with` with helper i as a further regressor; and
+
+        helped  =  (r2_with - r2) / (1 - r2),
+
+    the share of the remaining variance that the helper explains: NaN where none remains (i = j),
+    below 0 where on the scored tokens it harms.  The last two are None without a helper.
+    """
+
+    r2: Float64[Tensor, "predictors targets"]
+    r2_with: Float64[Tensor, "predictors targets"] | None
+    helped: Float64[Tensor, "predictors targets"] | None
+    _sums: Float64[Tensor, "documents predictors targets 5"]
+
+    def interval(
+        self,
+        i: int,
+        j: int,
+        score: Score = "r2",
+        n: int = 1000,
+        seed: int = 0,
+        level: float = 0.95,
+    ) -> Interval:
+        """One entry of `r2`, `r2_with` or `helped` with its interval, documents resampled.
+
+        The scored documents are drawn with replacement; the regressions stay as fitted.
+        Raises Refusal for an unknown score, one that needs a helper, an entry that is NaN, or
+        fewer than two documents.
+        """
+        if score not in ("r2", "r2_with", "helped"):
+            raise Refusal(f'score is {score!r}, expected "r2", "r2_with" or "helped"; choose one.')
+        if score != "r2" and self.helped is None:
+            raise Refusal(
+                f"{score!r} needs a helper, but there was none; call per_token_scaling with helper."
+            )
+        scores: Tensor = getattr(self, score)
+        if not scores[i, j].isfinite():
+            raise Refusal(
+                f"{score!r} of predictor {i} and target {j} is undefined, as nothing remains to be "
+                "explained; take another pair."
+            )
+        sums = self._sums[:, i, j]
+        return bootstrap(lambda totals: _scores(totals)[score], sums, n, seed, level)
+
+
+def per_token_scaling(
+    fit: NormMoments | Float[Tensor, "n_fit k"],
+    test: NormMoments | Float[Tensor, "n_test k"],
+    predictor: Sequence[int] | None = None,
+    target: Sequence[int] | None = None,
+    helper: Sequence[int] | None = None,
+) -> PerTokenScaling:
+    """R2 of every column of per-token norms regressed on every other, all from one moment matrix.
+
+        norm_j  ~  a norm_i + b,            with a helper   norm_j  ~  a norm_i + c helper_i + b
+
+    fitted on the moments of `fit`, scored on those of `test`; take them from different documents.
+    Both are `NormMoments` of the same columns, or the columns themselves [n, k] (then of one
+    document, without intervals).  `predictor`, `target` and `helper` choose columns by number; by
+    default every column predicts every column, and nothing helps.  Norms, not their squares: the
+    paper's choice.  Cost: one product n k^2 and a 2 x 2 system for each pair, no row twice.
+
+    Source: Engels, Smith and Tegmark (2410.14670), per-token scaling; the helper is of version 1,
+    where it is the norm of the nonlinear error of SAE i.
+
+    Raises Refusal for columns that differ or do not exist, a helper for some predictors only, a
+    column that does not vary, a predictor and its helper that are one column in two scales, or too
+    few fitting tokens.
+    """
+    fit, test = _moments("fit", fit), _moments("test", test)
+    k = fit.columns
+    if test.columns != k:
+        raise Refusal(
+            f"fit has {k} columns and test {test.columns}, expected the same; pass the same norms."
+        )
+    predictors = _chosen("predictor", range(k) if predictor is None else predictor, k)
+    targets = _chosen("target", predictors if target is None else target, k)
+    helpers = None if helper is None else _chosen("helper", helper, k)
+    if helpers is not None and len(helpers) != len(predictors):
+        raise Refusal(
+            f"there are {len(helpers)} helpers for {len(predictors)} predictors, expected one for "
+            "each; repeat a helper that serves several."
+        )
+    mean, covariance = _centred("fit", fit)
+    _centred("test", test)
+    alone = _residual_weights(covariance, [[one] for one in predictors], targets)
+    pairs = (
+        None if helpers is None else [list(two) for two in zip(predictors, helpers, strict=True)]
+    )
+    together = None if pairs is None else _residual_weights(covariance, pairs, targets)
+
+    # About the mean of fit the intercepts are zero, so each RSS is a quadratic form.
+    n, total, product = _unpacked(test.about(mean), k)
+    rss = _quadratic(alone, product)
+    rss_with = rss if together is None else _quadratic(together, product)
+    square = product[:, targets, targets]
+    columns = (n[:, :, None], total[:, None, targets], square[:, None], rss, rss_with)
+    sums = torch.stack(torch.broadcast_tensors(*columns), -1)
+    found = _scores(sums.sum(0))
+    if helpers is None:
+        return PerTokenScaling(found["r2"], None, None, sums)
+    return PerTokenScaling(found["r2"], found["r2_with"], found["helped"], sums)
+
+
+def _scores(totals: Tensor) -> dict[str, Tensor]:
+    """r2, r2_with and helped of totals [..., 5]: n, sum y, sum y^2, RSS without and with helper."""
+    n, y, square, rss, rss_with = totals.unbind(-1)
+    tss = square - y.square() / n
+    remains = torch.where(rss > _NOTHING_LEFT * tss, rss, torch.nan)
+    return {"r2": 1 - rss / tss, "r2_with": 1 - rss_with / tss, "helped": 1 - rss_with / remains}
+
+
+def _residual_weights(
+    covariance: Tensor, regressors: Sequence[Sequence[int]], targets: Sequence[int]
+) -> Tensor:
+    """c [predictors, targets, k] with residual = z c, for z about the mean of the fitted rows."""
+    chosen = torch.tensor(regressors)
+    scale = covariance.diagonal().sqrt()
+    correlation = covariance / torch.outer(scale, scale)
+    gram = correlation[chosen[:, :, None], chosen[:, None, :]]
+    if (alike := gram.det() < _COLLINEAR).any():
+        pair = regressors[int(alike.nonzero()[0])]
+        raise Refusal(
+            f"columns {list(pair)} are one column in two scales, expected a helper that is not a "
+            "copy of its predictor; choose another helper."
+        )
+    weight = torch.linalg.solve(gram, correlation[chosen][:, :, list(targets)])
+    weight = weight * scale[list(targets)] / scale[chosen][:, :, None]
+    residual = torch.zeros(len(regressors), len(targets), len(scale), dtype=torch.float64)
+    residual[:, torch.arange(len(targets)), list(targets)] = 1
+    rows = torch.arange(len(regressors))
+    for r in range(chosen.shape[1]):
+        residual[rows, :, chosen[:, r]] -= weight[:, r]
+    return residual
+
+
+def _quadratic(weights: Tensor, product: Tensor) -> Tensor:
+    """c^T P c of every pair and document [documents, predictors, targets]; never negative."""
+    p, t, k = weights.shape
+    forms = (weights[..., :, None] * weights[..., None, :]).reshape(p * t, k * k)
+    return (product.flatten(1) @ forms.T).reshape(-1, p, t).clamp(min=0)
+
+
+def _unpacked(sums: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """n [documents, 1], sum z [documents, k] and sum z z^T [documents, k, k]."""
+    n, total, product = sums.split([1, k, k * k], dim=1)
+    return n, total, product.reshape(-1, k, k)
+
+
+def _moments(name: str, norms: Any) -> NormMoments:
+    if isinstance(norms, NormMoments):
+        return norms
+    norms = finite_rows(name, norms)
+    return NormMoments(norms.shape[1]).partial_fit(norms)
+
+
+def _chosen(name: str, columns: Sequence[int], k: int) -> list[int]:
+    chosen = [int(one) for one in columns]
+    if not chosen or min(chosen) < 0 or max(chosen) >= k:
+        raise Refusal(
+            f"{name} is {chosen}, expected at least one column, each from 0 to {k - 1}; count the "
+            "columns of the norms."
+        )
+    return chosen
+
+
+def _centred(name: str, moments: NormMoments) -> tuple[Tensor, Tensor]:
+    """Mean [k] and summed products about it [k, k]; Refusal if they allow no regression."""
+    if moments.n < 4:
+        raise Refusal(
+            f"{name} has {moments.n} tokens, expected at least 4, as two slopes and an intercept "
+            "are fitted; add tokens."
+        )
+    n, total, _ = _unpacked(moments.sums.sum(0, keepdim=True), moments.columns)
+    mean = moments.shift + total[0] / n[0]
+    product = _unpacked(moments.about(mean).sum(0, keepdim=True), moments.columns)[2][0]
+    constant = is_constant(product.diagonal(), mean, moments.n)
+    if constant.any():
+        raise Refusal(
+            f"column {int(constant.nonzero()[0])} of {name} is the same for all {moments.n} "
+            "tokens, expected every column to vary, as R2 is a share of the variance; drop it."
+        )
+    return mean, product

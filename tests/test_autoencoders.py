@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from darkmatter.autoencoders import (
     Autoencoder,
     CorruptFile,
     LinearlyCorrected,
+    PursuitEncoder,
     check_fits,
     decoder_of,
     hook_of,
@@ -27,6 +29,8 @@ from darkmatter.autoencoders import (
 )
 from darkmatter.leastsquares import LinearMap, LinearStatistics, fvu
 from darkmatter.models import Model
+from darkmatter.pursuit import matching_pursuit as one_atom_at_a_time
+from darkmatter.pursuit import nonnegative_refit
 from tests.conftest import D_MODEL, HOOK
 
 NAMES = ("jumprelu", "topk", "topk_rescaled", "standard", "gated", "normalised")
@@ -80,6 +84,15 @@ def test_matching_pursuit_does_not_add_a_bias_it_did_not_take(
     expected = matching_pursuit.decode(matching_pursuit.encode(x))
     torch.testing.assert_close(reconstruct(matching_pursuit, x), expected, **CLOSE)
     assert decoder_of(matching_pursuit)[1].abs().max() == 0
+
+
+@torch.no_grad()
+def test_a_jumprelu_below_zero_is_a_relu(tiny_saes: dict[str, Any], x: Tensor) -> None:
+    sae = copy.deepcopy(tiny_saes["jumprelu"])
+    sae.threshold.copy_(torch.linspace(-2, 2, 96))
+    dense = sae.encode(x)
+    assert (dense[:, :48] > 0).any()
+    torch.testing.assert_close(sparse_encode(sae, x).dense(96), dense, **CLOSE)
 
 
 def test_no_rows(tiny_saes: dict[str, Any]) -> None:
@@ -250,6 +263,76 @@ def test_a_map_of_another_width_is_refused(tiny_saes: dict[str, Any]) -> None:
         LinearlyCorrected(tiny_saes["topk"], LinearMap(nothing, nothing[0], 0.0, 100))
 
 
+# A pursuit in place of the encoder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", AFFINE)
+@pytest.mark.parametrize("pursuit", [None, one_atom_at_a_time])
+def test_pursuit_encoder_keeps_every_tokens_sparsity(
+    tiny_saes: dict[str, Any], x: Tensor, name: str, pursuit: Any
+) -> None:
+    sae = tiny_saes[name]
+    pursued = PursuitEncoder(sae) if pursuit is None else PursuitEncoder(sae, pursuit)
+    own, code = sparse_encode(sae, x), sparse_encode(pursued, x)
+    assert (code.l0 <= own.l0).all()
+    # Atoms are selected again where there are three a dimension and as many active as dimensions.
+    assert code.l0.float().mean() > 0.5 * own.l0.float().mean()
+    assert (code.values >= 0).all()
+    expected = sparse_decode(pursued, code)
+    torch.testing.assert_close(pursued(x), expected, **CLOSE)
+    torch.testing.assert_close(pursued(x.view(5, 10, -1)), expected.view(5, 10, -1), **CLOSE)
+    torch.testing.assert_close(pursued.decode(pursued.encode(x)), expected, **CLOSE)
+    torch.testing.assert_close(reconstruct(pursued, x), expected, **CLOSE)
+    # Random encoders know nothing of their decoders; a search on the decoder must do better.
+    assert fvu(x, expected) < 0.9 * fvu(x, reconstruct(sae, x))
+    assert isinstance(pursued, Autoencoder)
+    assert hook_of(pursued) == HOOK
+    assert (pursued.device, pursued.dtype) == (sae.W_dec.device, sae.W_dec.dtype)
+
+
+@torch.no_grad()
+def test_pursuit_encoder_takes_any_pursuit_and_a_linear_map(
+    tiny_saes: dict[str, Any], linear_map: LinearMap, x: Tensor
+) -> None:
+    sae = tiny_saes["topk"]
+
+    def refit(x: Tensor, dictionary: Tensor, l0: Tensor, bias: Tensor) -> Any:
+        own = sparse_encode(sae, x)
+        assert torch.equal(l0, own.l0)
+        return nonnegative_refit(x, dictionary, own, bias)
+
+    pursued = PursuitEncoder(sae, refit)
+    assert fvu(x, pursued(x)) < fvu(x, reconstruct(sae, x))
+    both = LinearlyCorrected(pursued, linear_map)
+    torch.testing.assert_close(both(x), pursued(x) + linear_map(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_pursuit_encoder_uses_the_bias_of_the_decoder(matching_pursuit: Any, x: Tensor) -> None:
+    # Its b_dec is not added in decoding, so that it may not be subtracted either.
+    pursued = PursuitEncoder(matching_pursuit, one_atom_at_a_time)
+    own = matching_pursuit.encode(x)
+    # Theirs ends a row early when an atom is selected again.
+    whole = (own != 0).sum(1) == 6
+    assert whole.float().mean() > 0.9
+    torch.testing.assert_close(pursued(x)[whole], matching_pursuit.decode(own)[whole], **CLOSE)
+
+
+def test_pursuit_encoder_refuses_what_does_not_write_what_it_reads(
+    tiny_saes: dict[str, Any],
+) -> None:
+    import sae_lens
+
+    config = sae_lens.TranscoderConfig(
+        d_in=D_MODEL, d_sae=96, d_out=D_MODEL, apply_b_dec_to_input=False
+    )
+    with pytest.raises(Refusal, match="expected an autoencoder"):
+        PursuitEncoder(sae_lens.Transcoder(config))
+    with pytest.raises(Refusal, match="also needs the input"):
+        PursuitEncoder(tiny_saes["normalised"])
+
+
 def test_sae_lens_evals_agree_with_our_splice(
     tiny_model: Model, tiny_saes: dict[str, Any], linear_map: LinearMap, tiny_tokens: Tensor
 ) -> None:
@@ -257,10 +340,11 @@ def test_sae_lens_evals_agree_with_our_splice(
     from sae_lens.training.activation_scaler import ActivationScaler
 
     sae = tiny_saes["topk"]
-    corrected = LinearlyCorrected(sae, linear_map)
+    corrected, pursued = LinearlyCorrected(sae, linear_map), PursuitEncoder(sae)
     for candidate, function in (
         (sae, lambda a: reconstruct(sae, a.flatten(0, 1)).view_as(a)),
         (corrected, corrected),
+        (pursued, pursued),
     ):
         with torch.no_grad():
             theirs = get_recons_loss(

@@ -22,7 +22,7 @@ from darkmatter import models
 from darkmatter._files import CorruptFile
 from darkmatter._refusal import Refusal
 from darkmatter.models import BackendDisagreement, Model, open_model
-from tests.conftest import N_CONTEXT, N_LAYER, VOCABULARY, write_model
+from tests.conftest import N_CONTEXT, N_LAYER, VOCABULARY, write_model, write_tokenizer
 
 STAGES = ("hook_resid_pre", "attn.hook_z", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 # float32 rounding of sums of order 1 to 10 through three blocks, computed in another order.
@@ -216,6 +216,95 @@ def test_a_layout_nnsight_does_not_know_is_refused(tmp_path: Path, tiny_tokens: 
     assert "blocks.0.hook_resid_mid" not in model.hooks
     with pytest.raises(Refusal, match=r"no hook 'blocks\.0\.hook_resid_mid'"):
         model.activations(tiny_tokens, "blocks.0.hook_resid_mid")
+
+
+# Going on from a residual stream
+
+
+@pytest.mark.parametrize(
+    "hook", ["blocks.1.hook_resid_post", "blocks.2.hook_resid_pre", "blocks.2.hook_resid_post"]
+)
+def test_resuming_is_a_full_forward_with_replacement(
+    model: Model, tiny_tokens: Tensor, hook: str
+) -> None:
+    # Not a constant, which LayerNorm would take away again.
+    x = model.activations(tiny_tokens, hook) * 0.7 + torch.linspace(-1, 1, 32)
+    clean, expected = model.logits(tiny_tokens), model.logits(tiny_tokens, {hook: lambda _: x})
+    assert model.resumes_at(hook)
+    torch.testing.assert_close(model.resume(tiny_tokens, hook, x), expected, **CLOSE)
+    some = slice(5, -1)
+    part = model.resume(tiny_tokens, hook, x, some)
+    torch.testing.assert_close(part, expected[:, some], **CLOSE)
+    # The control: it did something; and it leaves nothing behind.
+    assert (expected - clean).abs().max() > 0.1
+    assert torch.equal(model.logits(tiny_tokens), clean)
+
+
+def test_resuming_runs_only_the_blocks_after_it(model: Model, tiny_tokens: Tensor) -> None:
+    hook = "blocks.1.hook_resid_post"
+    x = model.activations(tiny_tokens, hook)
+    model.resume(tiny_tokens, hook, x)
+    blocks = models._blocks_of(model._network)
+    assert blocks is not None
+    calls: list[int] = []
+    handles = [
+        block.mlp.register_forward_hook(lambda *_, i=i: calls.append(i))
+        for i, block in enumerate(blocks)
+    ]
+    model.resume(tiny_tokens, hook, x)
+    for handle in handles:
+        handle.remove()
+    assert set(calls) == {2}
+
+
+def write_bloom(folder: Path) -> Path:
+    """A model whose blocks return tuples."""
+    import transformers
+
+    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY)
+    transformers.BloomForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox", "bloom"])
+def test_other_layouts_resume(tmp_path: Path, kind: str, tiny_tokens: Tensor) -> None:
+    folder = write_bloom(tmp_path) if kind == "bloom" else write_model(tmp_path, kind)
+    model = open_model(folder)
+    assert model._blocks_give_tuples == (kind == "bloom")
+    hook = "blocks.0.hook_resid_post"
+    x = model.activations(tiny_tokens, hook) * 0.7 + torch.linspace(-1, 1, 32)
+    expected = model.logits(tiny_tokens, {hook: lambda _: x})
+    torch.testing.assert_close(model.resume(tiny_tokens, hook, x), expected, **CLOSE)
+
+
+def test_a_failed_resumption_leaves_the_model_whole(model: Model, tiny_tokens: Tensor) -> None:
+    hook = "blocks.1.hook_resid_post"
+    x, clean = model.activations(tiny_tokens, hook), model.logits(tiny_tokens)
+    blocks = models._blocks_of(model._network)
+    assert blocks is not None
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = blocks[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.resume(tiny_tokens, hook, x)
+    handle.remove()
+    assert torch.equal(model.logits(tiny_tokens), clean)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_hooks_that_cannot_be_resumed_are_refused(model: Model, tiny_tokens: Tensor) -> None:
+    x = torch.zeros(*tiny_tokens.shape, 32)
+    for stage in ("0.hook_resid_pre", "1.hook_mlp_out", "1.hook_resid_mid", "1.attn.hook_z"):
+        assert not model.resumes_at(f"blocks.{stage}")
+        with pytest.raises(Refusal, match=r"cannot go on from .*replace=\{hook: f\}"):
+            model.resume(tiny_tokens, f"blocks.{stage}", x)
+    with pytest.raises(Refusal, match="no hook 'resid_post'"):
+        model.resumes_at("resid_post")
+    with pytest.raises(Refusal, match=r"x has shape \(6, 31, 32\), expected \(6, 32, 32\)"):
+        model.resume(tiny_tokens, "blocks.1.hook_resid_post", x[:, 1:])
 
 
 # The opening check

@@ -1,4 +1,4 @@
-"""scaling: planted laws, the published points, scipy as second method, and coverage."""
+"""scaling: planted laws and planted norms, published points, second methods, and coverage."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import curve_fit, minimize
+from torch import Tensor
 
 from darkmatter._refusal import Refusal
-from darkmatter.scaling import PowerLaw, fit_power_law
+from darkmatter.leastsquares import r2
+from darkmatter.scaling import NormMoments, PowerLaw, fit_power_law, per_token_scaling
+from tests.common import normal, refused
 
 WIDTHS = [512.0 * 2**k for k in range(7)]
 # Engels et al., figure 1: Gemma 2 9B, layer 20, L0 about 60 (read off the figure).
@@ -189,3 +192,218 @@ class TestRefusals:
     def test_level(self, level: float) -> None:
         with pytest.raises(Refusal, match="expected a number between 0 and 1"):
             fit_power_law(WIDTHS, PUBLISHED_FVU, level)
+
+
+def norms(seed: int, n: int = 400, k: int = 4) -> Tensor:
+    """Correlated positive columns of different size, as error norms of several widths are."""
+    shared, own = normal(seed, n, 1), normal(seed + 1, n, k)
+    size = torch.linspace(8, 5, k, dtype=torch.float64)
+    return size * (3 + 0.6 * shared + torch.linspace(0.2, 0.8, k, dtype=torch.float64) * own)
+
+
+def naive(fit: Tensor, test: Tensor, regressors: list[int], target: int) -> float:
+    """One regression by lstsq on all rows, scored on all rows."""
+
+    def design(rows: Tensor) -> Tensor:
+        return torch.cat([rows[:, regressors], rows.new_ones(len(rows), 1)], 1)
+
+    weight = torch.linalg.lstsq(design(fit), fit[:, target]).solution
+    return r2(test[:, target], design(test) @ weight)
+
+
+class TestPerToken:
+    def test_every_pair_against_lstsq(self) -> None:
+        fit, test = norms(0), norms(9, 150)
+        found = per_token_scaling(fit, test, predictor=[0, 1], target=[0, 1, 2], helper=[2, 3])
+        assert found.r2_with is not None
+        assert found.helped is not None
+        for i in range(2):
+            for j in range(3):
+                alone, both = naive(fit, test, [i], j), naive(fit, test, [i, i + 2], j)
+                # Moments square the norms: about 1e-16 times (mean / deviation)^2 remain.
+                assert float(found.r2[i, j]) == pytest.approx(alone, abs=1e-12)
+                assert float(found.r2_with[i, j]) == pytest.approx(both, abs=1e-12)
+                if i != j:
+                    helped = (both - alone) / (1 - alone)
+                    assert float(found.helped[i, j]) == pytest.approx(helped, abs=1e-11)
+
+    def test_two_columns_by_hand(self) -> None:
+        # x = 0, 1, 2, 3 and y = 0, 1, 1, 2: slope 3/5, RSS 0.2, TSS 2, so R2 = 0.9 both ways.
+        rows = torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 1.0], [3.0, 2.0]])
+        found = per_token_scaling(rows, rows).r2
+        assert found.flatten().tolist() == pytest.approx([1, 0.9, 0.9, 1], abs=1e-12)
+
+    def test_planted_shared_share(self) -> None:
+        # Norms of which a share of the variance is common: R2 is the square of that share.
+        share, n = 0.8, 200_000
+        common, own = normal(3, n, 1), normal(4, n, 3)
+        rows = 10 + share**0.5 * common + (1 - share) ** 0.5 * own
+        found = per_token_scaling(rows[: n // 2], rows[n // 2 :]).r2
+        # Standard error of a squared correlation: 2 r (1 - r^2) / sqrt(n) = .0018; five of them.
+        assert found[0, 1].item() == pytest.approx(share**2, abs=0.009)
+        assert found[2, 0].item() == pytest.approx(share**2, abs=0.009)
+
+    def test_planted_help(self) -> None:
+        # y = u + v; predictor u + noise, helper v + noise, all independent of unit variance:
+        # R2 alone (1/2)^2 / (1/2) / 2 = 1/4, with the helper 1/2, so it helps by 1/3.
+        n = 200_000
+        u, v, a, b = normal(5, n, 4).unbind(1)
+        rows = torch.stack([u + v, u + a, v + b], 1)
+        found = per_token_scaling(rows, rows, predictor=[1], target=[0], helper=[2])
+        assert found.r2_with is not None
+        assert found.helped is not None
+        # As above: standard errors below .002.
+        assert found.r2.item() == pytest.approx(1 / 4, abs=0.009)
+        assert found.r2_with.item() == pytest.approx(1 / 2, abs=0.009)
+        assert found.helped.item() == pytest.approx(1 / 3, abs=0.009)
+
+    def test_norms_of_nothing_in_common_predict_nothing(self) -> None:
+        fit, test = (
+            torch.stack([rows[:, 0], rows[:, 1].roll(7)], 1)
+            for rows in (norms(0, 20_000), norms(5, 20_000))
+        )
+        # A fit that knows nothing predicts the mean: R2 of about 1 / n, here below 1e-3.
+        assert abs(per_token_scaling(fit, test).r2[0, 1].item()) < 1e-3
+
+    @settings(deadline=None, max_examples=40)
+    @given(
+        st.integers(0, 1000),
+        st.lists(st.floats(1e-3, 1e3), min_size=4, max_size=4),
+        st.lists(st.floats(-100, 100), min_size=4, max_size=4),
+    )
+    def test_scale_and_offset_of_a_column_do_not_matter(
+        self, seed: int, scale: list[float], offset: list[float]
+    ) -> None:
+        fit, test = norms(seed, 60), norms(seed + 500, 40)
+        factor, shift = torch.tensor(scale), torch.tensor(offset)
+        straight = per_token_scaling(fit, test, predictor=[0, 1], helper=[2, 3])
+        scaled = per_token_scaling(
+            fit * factor + shift, test * factor + shift, predictor=[0, 1], helper=[2, 3]
+        )
+        # An offset 1e5 deviations away costs ten of sixteen digits of a square.
+        assert torch.allclose(straight.r2, scaled.r2, atol=1e-5)
+        assert straight.r2_with is not None
+        assert scaled.r2_with is not None
+        assert torch.allclose(straight.r2_with, scaled.r2_with, atol=1e-5)
+
+    @settings(deadline=None, max_examples=40)
+    @given(st.integers(0, 1000), st.integers(8, 60))
+    def test_in_sample_it_is_a_squared_correlation(self, seed: int, n: int) -> None:
+        rows = norms(seed, n)
+        found = per_token_scaling(rows, rows, predictor=[0, 1], helper=[2, 3])
+        everything = per_token_scaling(rows, rows).r2
+        # Rounding of float64 sums of at most 60 rows.
+        assert torch.allclose(everything, everything.T, atol=1e-10)
+        assert torch.allclose(everything, torch.corrcoef(rows.T).square(), atol=1e-10)
+        assert torch.allclose(everything.diagonal(), torch.ones(4, dtype=torch.float64), atol=1e-12)
+        assert found.helped is not None
+        assert float(found.helped.nan_to_num(0).min()) >= -1e-10
+        assert float(everything.max()) <= 1
+
+    @settings(deadline=None, max_examples=25)
+    @given(st.integers(0, 1000), st.integers(1, 59), st.randoms())
+    def test_batches_merges_and_order_do_not_matter(
+        self, seed: int, cut: int, random: object
+    ) -> None:
+        rows = norms(seed, 60)
+        generator = torch.Generator().manual_seed(seed)
+        document = torch.randint(0, 5, (60,), generator=generator)
+        whole = NormMoments(4).partial_fit(rows, document)
+        late = NormMoments(4).partial_fit(rows[cut:], document[cut:])
+        merged = NormMoments(4).partial_fit(rows[:cut], document[:cut]).merge(late)
+        centre = rows.mean(0)
+        assert whole.n == merged.n == 60
+        assert torch.equal(whole.document, merged.document)
+        # Both are the same sums of at most 60 rows, in another order.
+        assert torch.allclose(whole.about(centre), merged.about(centre), atol=1e-8)
+
+    def test_a_mean_of_a_million_deviations(self) -> None:
+        rows = norms(2)
+        far = rows + 1e6 * rows.std(0)
+        near = per_token_scaling(rows, rows).r2
+        # float64 holds the rows themselves to 1e-10 of a deviation.
+        assert torch.allclose(per_token_scaling(far, far).r2, near, atol=1e-6)
+
+    def test_the_interval_is_that_of_resampled_documents(self) -> None:
+        test, document = norms(7, 300), torch.arange(300) // 10
+        fit = NormMoments(4).partial_fit(norms(0))
+        scored = NormMoments(4).partial_fit(test, document)
+        found = per_token_scaling(fit, scored, predictor=[0, 1], helper=[2, 3])
+        # Second method: resample the rows of documents, and score the same fit on them.
+        draws = np.random.default_rng(0).integers(30, size=(200, 30))
+        scores = {"r2": list[float](), "helped": list[float]()}
+        for draw in draws:
+            rows = torch.cat([test[document == one] for one in draw])
+            again = per_token_scaling(fit, NormMoments(4).partial_fit(rows), [0, 1], None, [2, 3])
+            assert again.helped is not None
+            scores["r2"].append(again.r2[0, 1].item())
+            scores["helped"].append(again.helped[0, 1].item())
+        for score, drawn in scores.items():
+            interval = found.interval(0, 1, score, n=200, seed=0)
+            # The same draws from the same generator: the same quantiles to rounding.
+            expected = np.quantile(drawn, [0.025, 0.975])
+            assert [interval.low, interval.high] == pytest.approx(expected.tolist(), abs=1e-9)
+            assert interval.low < interval.value < interval.high
+        assert found.helped is not None
+        assert found.interval(0, 1, "helped").value == pytest.approx(found.helped[0, 1].item())
+
+    def test_float32_rows_and_no_rows(self) -> None:
+        rows = norms(0).float()
+        moments = NormMoments(4).partial_fit(rows[:0]).partial_fit(rows).merge(NormMoments(4))
+        expected = per_token_scaling(rows.double(), rows.double()).r2
+        assert torch.allclose(per_token_scaling(moments, moments).r2, expected, atol=1e-12)
+        assert torch.equal(NormMoments(4).merge(moments).sums, moments.sums)
+
+
+class TestPerTokenRefusals:
+    def test_columns(self) -> None:
+        rows = norms(0)
+        with refused("fit has 4 columns and test 3, expected the same"):
+            per_token_scaling(rows, rows[:, :3])
+        with refused(r"predictor is \[4\], expected .* from 0 to 3"):
+            per_token_scaling(rows, rows, predictor=[4])
+        with refused(r"target is \[-1\]"):
+            per_token_scaling(rows, rows, target=[-1])
+        with refused(r"predictor is \[\], expected at least one"):
+            per_token_scaling(rows, rows, predictor=[])
+        with refused("1 helpers for 4 predictors"):
+            per_token_scaling(rows, rows, helper=[0])
+        with refused("are one column in two scales"):
+            per_token_scaling(rows, rows, predictor=[1], helper=[1])
+
+    def test_rows(self) -> None:
+        rows = norms(0)
+        flat = rows.clone()
+        flat[:, 2] = 7
+        with refused("column 2 of fit is the same for all 400 tokens"):
+            per_token_scaling(flat, rows)
+        with refused("column 2 of test is the same"):
+            per_token_scaling(rows, flat)
+        with refused("fit has 3 tokens, expected at least 4"):
+            per_token_scaling(rows[:3], rows)
+        rows[5, 1] = math.nan
+        with refused("norms holds NaN or infinity, first in row 5"):
+            NormMoments(4).partial_fit(rows)
+
+    def test_moments(self) -> None:
+        with refused("columns=0, expected at least 1"):
+            NormMoments(0)
+        with refused(r"norms is \[400, 4\], expected \[n, 3\]"):
+            NormMoments(3).partial_fit(norms(0))
+        with refused(r"document is torch.int64 \[3\], expected integers \[400\]"):
+            NormMoments(4).partial_fit(norms(0), torch.arange(3))
+        with refused("cannot merge moments of 3 columns into those of 4"):
+            NormMoments(4).merge(NormMoments(3))
+
+    def test_intervals(self) -> None:
+        rows, document = norms(0), torch.arange(400) // 100
+        moments = NormMoments(4).partial_fit(rows, document)
+        alone = per_token_scaling(moments, moments)
+        with refused("'helped' needs a helper"):
+            alone.interval(0, 1, "helped")
+        with refused("score is 'fvu', expected"):
+            alone.interval(0, 1, "fvu")  # type: ignore[arg-type]
+        with refused("nothing remains to be explained"):
+            per_token_scaling(moments, moments, [0], [0], [1]).interval(0, 0, "helped")
+        with refused("at least 2 documents"):
+            per_token_scaling(rows, rows).interval(0, 1)

@@ -36,11 +36,11 @@ def _run(options: argparse.Namespace) -> list[str]:
         case "lint":
             return lint.lint(book, chosen)
         case "execute":
-            _execute(book, chosen, _parameters(options), options.out, options.force)
+            _execute(book, chosen, _parameters(options), options.out, options)
         case "check":
             return results.check(book, chosen, options.out, options.suite)
         case "build":
-            return _build(book, options.force)
+            return _build(book, options)
         case "student":
             for path in editions.write_student_editions(book):
                 print(path)
@@ -54,13 +54,13 @@ def _run(options: argparse.Namespace) -> list[str]:
     return []
 
 
-def _build(book: Book, force: bool) -> list[str]:
+def _build(book: Book, options: argparse.Namespace) -> list[str]:
     from darkmatter.book.rendering import render
     from darkmatter.book.staging import stage
 
     if found := lint.lint(book):
         return found
-    _execute(book, None, {}, None, force)
+    _execute(book, None, {}, None, options)
     if found := results.check(book):
         return found
     stage(book)
@@ -69,9 +69,13 @@ def _build(book: Book, force: bool) -> list[str]:
 
 
 def _execute(
-    book: Book, only: str | None, parameters: dict[str, object], out: Path | None, force: bool
+    book: Book,
+    only: str | None,
+    parameters: dict[str, object],
+    out: Path | None,
+    options: argparse.Namespace,
 ) -> None:
-    for run in execute(book, only, parameters, out, force):
+    for run in execute(book, only, parameters, out, options.force, options.jobs):
         took = f"{run.seconds:.0f} s, {run.peak_bytes / 2**30:.2f} GiB"
         print(f"{run.path.name}: {'up to date, took ' if run.skipped else ''}{took}", flush=True)
 
@@ -118,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     def with_chapter(one: argparse.ArgumentParser, required: bool = False) -> None:
         one.add_argument("--chapter", required=required, help='two digits, such as "02"')
 
+    def with_force_and_jobs(one: argparse.ArgumentParser) -> None:
+        one.add_argument("--force", action="store_true", help="execute even when up to date")
+        one.add_argument(
+            "--jobs", type=int, default=2, help="chapters to run at a time (2; each takes 2 GiB)"
+        )
+
     def with_parameters(one: argparse.ArgumentParser) -> None:
         one.add_argument("--seed", type=int, default=None)
         one.add_argument(
@@ -128,14 +138,13 @@ def _parser() -> argparse.ArgumentParser:
     run = command("execute", "execute chapters into _build/book, skipping what is up to date")
     with_chapter(run)
     with_parameters(run)
-    run.add_argument("--force", action="store_true", help="execute even when up to date")
+    with_force_and_jobs(run)
     run.add_argument("--out", type=Path, default=None, help="another folder, for another seed")
     checked = command("check", "compare executed chapters with claims.yml and the reference")
     with_chapter(checked)
     checked.add_argument("--out", type=Path, default=None)
     checked.add_argument("--suite", default="pydocs")
-    built = command("build", "lint, execute, check, stage and render into _build/html")
-    built.add_argument("--force", action="store_true", help="execute even when up to date")
+    with_force_and_jobs(command("build", "lint, execute, check, stage and render into _build/html"))
     command("student", "write the student edition into _build/student")
     written = command("results", "compare the executed book with the reference, or update it")
     written.add_argument("--update", action="store_true", help="write book/results")

@@ -80,8 +80,9 @@ class Chapter:
         """Put a measured value under a claim, where the ledger, the check and the prose find it.
 
         `value` is a number, a truth value or a list of numbers (a tensor or array of these is
-        taken too); `interval` is (low, high), anything whose last two elements are low and high
-        (`darkmatter.intervals.Interval`), or for a list one such pair per element.
+        taken too), kept to ten significant digits; `interval` is (low, high), anything whose last
+        two elements are low and high (`darkmatter.intervals.Interval`), or for a list one such pair
+        per element.
 
         Raises `Refusal` for an id that claims.yml does not give to this chapter, for a value that
         is not finite, an interval that does not fit, or an id recorded with another value.
@@ -200,7 +201,7 @@ def _plain_value(id: str, value: object) -> Value:
     if isinstance(value, bool):
         return value
     if isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
+        return _rounded(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         numbers = [_plain_value(id, one) for one in cast("Sequence[object]", value)]
         if numbers and all(isinstance(one, float) for one in numbers):
@@ -209,6 +210,11 @@ def _plain_value(id: str, value: object) -> Value:
         f"{id}: expected a finite number, a truth value or a list of finite numbers, "
         f"found {value!r}; compute it before recording it"
     )
+
+
+def _rounded(value: float | int) -> float:
+    """Ten significant digits: those after them are of the order in which threads summed."""
+    return float(f"{value:.10g}")
 
 
 def _plain_interval(id: str, value: Value, interval: object) -> Interval | None:
@@ -232,7 +238,7 @@ def _pair(id: str, interval: object) -> tuple[float, float]:
     if len(ends) in (2, 3):
         low, high = float(ends[-2]), float(ends[-1])
         if math.isfinite(low) and math.isfinite(high) and low <= high:
-            return low, high
+            return _rounded(low), _rounded(high)
     raise Refusal(
         f"{id}: expected an interval (low, high) with low <= high, found {interval!r}; "
         "pass the interval of this value"

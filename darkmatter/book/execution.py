@@ -10,7 +10,9 @@ import shutil
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +71,14 @@ def execute(
     parameters: Mapping[str, object] | None = None,
     out: Path | None = None,
     force: bool = False,
+    jobs: int = 1,
 ) -> Iterator[Execution]:
     """Execute the chapters (or one) in order, yielding each when it is done.
 
     A chapter whose source, code, suite, published values and parameters are those of its last
     execution is skipped unless `force`. All parameters are checked before the first chapter runs.
+    `jobs` chapters run at a time, each on its share of the cores: a third of a chapter's time is
+    imports and small steps that keep one core busy.
 
     Raises `Refusal` for a parameter that a chapter does not have, `ChapterFailure` naming chapter
     and cell where one fails; the failed notebook is kept in _build/failed.
@@ -81,8 +86,29 @@ def execute(
     paths = book.chapters(only)
     chosen = {path: _parameters(path, parameters or {}) for path in paths}
     target = out or book.executed
-    for path, all_parameters in chosen.items():
-        yield _execute_one(book, path, all_parameters, dict(parameters or {}), target, force)
+    given = dict(parameters or {})
+    if min(jobs, len(chosen)) < 2:
+        for path, all_parameters in chosen.items():
+            yield _execute_one(book, path, all_parameters, given, target, force, 1)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    workers = ProcessPoolExecutor(
+        jobs, get_context("spawn"), initializer=_limit_threads, initargs=(threads,)
+    )
+    try:
+        runs = [
+            workers.submit(_execute_one, book, path, all_parameters, given, target, force, jobs)
+            for path, all_parameters in chosen.items()
+        ]
+        for run in runs:
+            yield run.result()
+    finally:
+        workers.shutdown(cancel_futures=True)
+
+
+def _limit_threads(threads: int) -> None:
+    """Kernels started by this process compute on so many threads."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def executed_notebooks(folder: Path) -> dict[str, NotebookNode]:
@@ -157,6 +183,7 @@ def _execute_one(
     given: Mapping[str, object],
     target: Path,
     force: bool,
+    jobs: int,
 ) -> Execution:
     chapter = chapter_of(path) or ""
     output = target / path.name
@@ -186,6 +213,7 @@ def _execute_one(
         "hash": fingerprint,
         "parameters": dict(parameters),
         "seconds": round(seconds, 1),
+        "jobs": jobs,
         "peak_bytes": memory.peak,
         "seal": seal_of(notebook),
         "versions": ledger.versions_of(notebook),
@@ -216,7 +244,8 @@ def finish(notebook: NotebookNode, name: str) -> None:
     """Make an executed notebook ready for the page, in place.
 
     The text and caption of each figure move from its output to the cell's metadata, where myst-nb
-    reads them; injected parameters are hidden, solutions folded, times of the run removed.
+    reads them; injected parameters are hidden, solutions and drawing code folded, and times of the
+    run removed.
 
     Raises `ChapterFailure` for an image that has no text alternative, or two figures in a cell.
     """
@@ -236,6 +265,7 @@ def finish(notebook: NotebookNode, name: str) -> None:
             output
             for output in cell.get("outputs", [])
             if any(mime in output.get("data", {}) for mime in _IMAGES)
+            or FIGURE_KEY in output.get("metadata", {})
         ]
         described = [one for one in images if FIGURE_KEY in one.metadata]
         if len(described) != len(images):
@@ -253,6 +283,11 @@ def finish(notebook: NotebookNode, name: str) -> None:
             cell.metadata.setdefault("mystnb", {})["markdown_format"] = "myst"
         if described:
             text = described[0].metadata[FIGURE_KEY]
+            if ".record(" not in cell.source and SOLUTION_TAG not in tags:
+                # A page is read for what its drawing shows; the code is one click away.
+                cell.metadata["tags"] = [*tags, "hide-input"]
+                shown = {"code_prompt_show": "Show the code of this figure"}
+                cell.metadata.setdefault("mystnb", {}).update(shown)
             cell.metadata.setdefault("mystnb", {}).update(
                 {
                     "image": {"alt": text["alt"]},
@@ -351,6 +386,8 @@ def _environment(book: Book) -> Generator[None]:
         "PYTHONPATH": os.pathsep.join(paths),
         "HF_HUB_OFFLINE": "1",
         "PYTHONHASHSEED": "0",
+        # Fixed reductions and scheduling in MKL: the same bits in every run.
+        "MKL_CBWR": "AUTO",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
     before = {name: os.environ.get(name) for name in wanted}

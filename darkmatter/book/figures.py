@@ -83,12 +83,7 @@ def show(figure: Figure, *, alt: str, caption: str, name: str) -> None:
 
     Raises `Refusal` for a missing or short alt or caption, or a name that is not kebab-case.
     """
-    _check_text("alt", alt, 30)
-    _check_text("caption", caption, 10)
-    if not _NAME.fullmatch(name):
-        raise Refusal(
-            f"expected a name in kebab-case such as fig-breakdown, found {name!r}; rename it"
-        )
+    check_words(alt=alt, caption=caption, name=name)
     from IPython.display import display
     from matplotlib import pyplot
 
@@ -107,6 +102,16 @@ def show(figure: Figure, *, alt: str, caption: str, name: str) -> None:
         raw=True,
         metadata={FIGURE_KEY: {"alt": alt, "caption": caption, "name": name}},
     )
+
+
+def check_words(*, alt: str, caption: str, name: str) -> None:
+    """Raise `Refusal` unless alt and caption are sentences and name is kebab-case."""
+    _check_text("alt", alt, 30)
+    _check_text("caption", caption, 10)
+    if not _NAME.fullmatch(name):
+        raise Refusal(
+            f"expected a name in kebab-case such as fig-breakdown, found {name!r}; rename it"
+        )
 
 
 def _check_text(key: str, text: object, least: int) -> None:

@@ -205,7 +205,7 @@ def no_typed_numbers(source: Source) -> Iterator[str]:
         ]
         said += [
             (call, keyword.arg or "", keyword.value)
-            for call in cell.calls_of("show", "book")
+            for call in cell.calls_of("show", "book") + cell.calls_of("token_view", "book")
             for keyword in call.keywords
             if keyword.arg in ("alt", "caption")
         ]
@@ -381,9 +381,10 @@ def plain_markdown(source: Source) -> Iterator[str]:
 
 
 def one_figure(source: Source) -> Iterator[str]:
-    """A cell shows at most one figure, and only through book.show."""
+    """A cell shows at most one figure, and only through book.show or book.token_view."""
     for cell in source.code:
-        if len(cell.calls_of("show", "book")) > 1:
+        shown = cell.calls_of("show", "book") + cell.calls_of("token_view", "book")
+        if len(shown) > 1:
             yield f"cell {cell.number}: shows two figures; give each its cell"
         if cell.calls_of("show", "plt"):
             yield f"cell {cell.number}: plt.show() has no alternative text; use book.show"

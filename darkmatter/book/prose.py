@@ -63,7 +63,7 @@ def fill(text: str, write: Callable[[str, str], str], static: bool = False) -> s
 
 
 def written(value: Value, interval: object = None, form: str = "") -> str:
-    """A recorded value as it stands in a sentence: three digits, then its interval.
+    """A recorded value as it stands in a sentence: three digits (a count all), then its interval.
 
     `0.311 (0.305 to 0.317)`, plain `0.311`, per cent `31.1 % (30.5 to 31.7)`; a list is joined by
     commas, a truth value is "yes" or "no".
@@ -81,7 +81,9 @@ def written(value: Value, interval: object = None, form: str = "") -> str:
 def _one(value: float, pair: object, percent: bool) -> str:
     scale = 100.0 if percent else 1.0
     low, high = (float(end) * scale for end in pair) if isinstance(pair, Sequence) else (0.0, 0.0)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType] - pairs are checked when recorded
-    digits = _decimals(value * scale, percent)
+    # A count has no decimals.
+    count = pair is None and not percent and value.is_integer()
+    digits = 0 if count else _decimals(value * scale, percent)
     text = _number(value * scale, digits) + (" %" if percent else "")
     if pair is None:
         return text

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from minibook import chapter_text, write_book
 
 from darkmatter.book import results
 from darkmatter.book.execution import execute
 from darkmatter.book.exercises import exercise
 from darkmatter.book.paths import Book
+from tests.book.minibook import chapter_text, write_book
 
 
 @pytest.fixture

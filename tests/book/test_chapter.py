@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from minibook import CLAIMS
 
 from darkmatter import book
 from darkmatter._refusal import Refusal
 from darkmatter.book.claims import RECORD_MIME, START_MIME, load_claims
+from tests.book.minibook import CLAIMS
 
 Shown = list[dict[str, Any]]
 
@@ -73,6 +73,11 @@ def test_record_displays_value_interval_suite_and_seed(shown: Shown, tmp_path: P
     assert shown[-1][RECORD_MIME]["value"] == [3.0, 2.0]
     one.record("mini-shuffled", True)
     assert shown[-1][RECORD_MIME]["value"] is True
+    thirds = chapter(tmp_path)
+    thirds.record("mini-random", 1 / 3, (1 / 7, 2e5 / 3))
+    thirds.record("mini-random", 1 / 3 + 1e-15, (1 / 7, 2e5 / 3))
+    assert shown[-1][RECORD_MIME]["value"] == 0.3333333333
+    assert shown[-1][RECORD_MIME]["interval"] == (0.1428571429, 66666.66667)
 
 
 @pytest.mark.parametrize(

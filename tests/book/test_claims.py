@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from minibook import CLAIMS
 from nbformat import v4
 
 from darkmatter._refusal import Refusal
 from darkmatter.book import claims as ledger
 from darkmatter.book.claims import Record
+from tests.book.minibook import CLAIMS
 
 Entry = dict[str, Any]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from minibook import chapter_text
 
 from darkmatter.book.__main__ import main
 from darkmatter.book.paths import Book
+from tests.book.minibook import chapter_text
 
 MakeBook = Callable[..., Book]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 
 import pytest
-from minibook import REPOSITORY, chapter_text
 
 from darkmatter._refusal import Refusal
 from darkmatter.book import editions, notebooks
 from darkmatter.book.paths import Book
+from tests.book.minibook import REPOSITORY, chapter_text
 
 
 def test_solution_lines_become_a_stub_at_their_indentation() -> None:

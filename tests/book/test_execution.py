@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from minibook import CLAIMS, chapter_text
 from nbformat import v4
 
 from darkmatter._refusal import Refusal
@@ -18,6 +18,7 @@ from darkmatter.book.claims import Record
 from darkmatter.book.execution import ChapterFailure, execute
 from darkmatter.book.notebooks import tags_of
 from darkmatter.book.paths import Book
+from tests.book.minibook import CLAIMS, chapter_text
 
 MakeBook = Callable[..., Book]
 
@@ -58,6 +59,7 @@ def test_an_executed_chapter_is_measured_and_ready_for_the_page(executed_once: B
                cell.metadata.get("mystnb", {})]  # fmt: skip
     assert figures == [
         {
+            "code_prompt_show": "Show the code of this figure",
             "image": {"alt": "Line chart: the error falls steadily with width."},
             "figure": {
                 "caption": "Error against width, 0.311 (0.305 to 0.317) at first.",
@@ -120,6 +122,24 @@ def test_a_failing_chapter_names_its_cell_and_is_kept(make_book: MakeBook) -> No
     assert list(book.executed.iterdir()) == []
 
 
+def test_two_chapters_at_a_time_end_as_one_after_the_other(make_book: MakeBook) -> None:
+    book = make_book(LIGHT.replace("SEED", "seed"))
+    light = book.source / "99_mini.ipynb"
+    shutil.copyfile(light, book.source / "97_mini.ipynb")
+    broken = notebooks.read_notebook(light)
+    broken.cells[1].source = "1 / 0"
+    notebooks.write_notebook(broken, book.source / "98_mini.ipynb")
+    runs = execute(book, jobs=2)
+    assert next(runs).chapter == "97"
+    with pytest.raises(ChapterFailure, match=r"98_mini\.ipynb failed in cell 2"):
+        next(runs)
+    (book.source / "98_mini.ipynb").unlink()
+    assert next(execute(book, jobs=2)).skipped
+    alone = only_execution(book, "99", out=book.root / "alone")
+    together = [notebooks.read_notebook(p) for p in (alone.path, book.executed / "99_mini.ipynb")]
+    assert ledger.records_of(together[0]) == ledger.records_of(together[1])
+
+
 def test_the_same_seed_gives_the_same_records_and_no_seed_does_not(
     make_book: MakeBook, tmp_path: Path
 ) -> None:
@@ -162,3 +182,16 @@ def test_images_without_text_or_in_pairs_are_refused(outputs: list[Any], message
     notebook = v4.new_notebook(cells=[v4.new_code_cell("draw()", outputs=made)])
     with pytest.raises(ChapterFailure, match=message):
         execution.finish(notebook, "99_mini.ipynb")
+
+
+def test_a_view_of_text_is_a_figure_of_its_cell() -> None:
+    words = {"alt": "A text with marks.", "caption": "A text.", "name": "fig-text"}
+    made = v4.new_output(
+        "display_data",
+        data={"text/html": "<fieldset></fieldset>", "text/plain": "a text"},
+        metadata={"darkmatter": words},
+    )
+    notebook = v4.new_notebook(cells=[v4.new_code_cell("view()", outputs=[made])])
+    execution.finish(notebook, "99_mini.ipynb")
+    figure = notebook.cells[0].metadata["mystnb"]["figure"]
+    assert figure == {"caption": "A text.", "name": "fig-text"}

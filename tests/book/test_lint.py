@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from minibook import CLAIMS, chapter_text
 
 from darkmatter.book import notebooks
 from darkmatter.book.lint import lint
 from darkmatter.book.paths import Book
+from tests.book.minibook import CLAIMS, chapter_text
 
 MakeBook = Callable[..., Book]
 pytestmark = pytest.mark.usefixtures("checks_99")
@@ -80,6 +80,16 @@ def test_a_good_chapter_passes(make_book: MakeBook) -> None:
         ("- nowhere", "![a](b.png)", "an image"),
         ("- nowhere", '<img src="b.png">', "an image"),
         ("figure, axes", 'book.show(1, alt="x")\nfigure, axes', "shows two figures"),
+        (
+            "figure, axes",
+            'book.token_view([], {}, alt="x")\nbook.show(1, alt="x")\nfigure, axes',
+            "shows two figures",
+        ),
+        (
+            "figure, axes",
+            'book.token_view([], {}, caption="It is 0.3.")\nfigure, axes',
+            "'0.3' is typed into caption",
+        ),
         ("figure, axes", "plt.show()\nfigure, axes", "plt.show() has no alternative text"),
     ],
 )

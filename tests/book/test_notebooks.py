@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from minibook import REPOSITORY, chapter_text
 from nbformat import v4
 
 from darkmatter._refusal import Refusal
 from darkmatter.book import notebooks
+from tests.book.minibook import REPOSITORY, chapter_text
 
 # Lines that are no headers, without the trailing blank lines that the format does not keep.
 LINE = st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S")), max_size=12).filter(

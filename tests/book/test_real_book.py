@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ def book() -> Book:
 
 def test_the_ledger_can_be_read(book: Book) -> None:
     load_claims(book.claims)
+
+
+def test_the_map_of_the_papers_names_claims_that_exist(book: Book) -> None:
+    text = (book.source / "reproduction.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|") and "](" in line]
+    named = {id for row in rows for id in re.findall(r"`([a-z0-9-]+)`", row)}
+    assert len(named) > 40
+    assert named - set(load_claims(book.claims)) == set()
 
 
 def test_every_chapter_keeps_the_rules(book: Book) -> None:

@@ -72,7 +72,7 @@ def test_the_statistics_name_what_is_over_budget(executed_once: Book) -> None:
     assert "| [99](99_mini.ipynb) |" in page
     assert "| torch |" in page
     executed["99"].metadata["darkmatter"].update(seconds=91.0, peak_bytes=2**30)
-    assert "| 91 | 1.00 | **no** |" in pages.statistics_page(executed, {"99": "99_mini.ipynb"})
+    assert "| 91 | 1 | 1.00 | **no** |" in pages.statistics_page(executed, {"99": "99_mini.ipynb"})
 
 
 def test_a_suite_card_gets_a_title(tmp_path: Path) -> None:

@@ -1,58 +1,20 @@
-"""Exercises of chapter 02: the solution passes, the stub and typical mistakes are told apart."""
+"""Exercises of chapter 02: the usual mistakes are named."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from darkmatter import book
 from darkmatter._refusal import Refusal
-from darkmatter.book import notebooks
 from darkmatter.book.checks.chapter_02 import simulated_fvu
-from darkmatter.book.editions import stub
-from darkmatter.book.notebooks import tags_of
+from tests.book.checks.common import CHAPTERS, answers, refused
 
-CHAPTER = Path(__file__).parents[3] / "book" / "02_error_and_width.ipynb"
-NAMES = {
-    "02.1": "breakdown",
-    "02.2": "floor_and_scale",
-    "02.3": "floor_error",
-    "02.4": "expected_on_new_rows",
-    "02.5": "training_lengths",
-}
 Floats = NDArray[np.float64]
 WIDTHS = 512.0 * 2.0 ** np.arange(5)
-
-
-def answers(empty: bool) -> dict[str, Any]:
-    """What the solution cells of the notebook define, whole or as the student gets them."""
-    defined: dict[str, Any] = {"np": np}
-    for cell in notebooks.read_notebook(CHAPTER).cells:
-        if cell.cell_type == "code" and "solution" in tags_of(cell):
-            exec(stub(cell.source) if empty else cell.source, defined)
-    return defined
-
-
-@pytest.mark.parametrize(("id", "name"), NAMES.items())
-def test_solution_passes(id: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    book.check(id, answers(empty=False)[name])
-    assert f"Exercise {id} is right." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("id", "name"), NAMES.items())
-def test_stub_is_empty(id: str, name: str) -> None:
-    with pytest.raises(book.NotYet, match=f"Exercise {id} is still empty"):
-        book.check(id, answers(empty=True)[name])
-
-
-def refused(id: str, answer: Callable[..., Any], message: str) -> None:
-    with pytest.raises(book.NotYet, match=message):
-        book.check(id, answer)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +105,8 @@ def test_new_rows_agree_with_a_simulation() -> None:
         squares = (y - ones @ weights) ** 2
         inside.append(squares[:n].mean())
         outside.append(squares[n:].mean())
-    expected = answers(empty=False)["expected_on_new_rows"](np.mean(inside), n, d)
+    expected_on_new_rows = answers(CHAPTERS["02"], empty=False)["expected_on_new_rows"]
+    expected = expected_on_new_rows(np.mean(inside), n, d)
     # First order in p / n = 0.1, and two means of 60000 squares: 2 % covers both.
     assert np.mean(outside) == pytest.approx(expected, rel=0.02)
 

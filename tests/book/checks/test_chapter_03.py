@@ -1,54 +1,15 @@
-"""Exercises of chapter 03: the solution passes, the stub and typical mistakes are told apart."""
+"""Exercises of chapter 03: the usual mistakes are named."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from darkmatter import book
-from darkmatter.book import notebooks
-from darkmatter.book.editions import stub
-from darkmatter.book.notebooks import tags_of
-
-CHAPTER = Path(__file__).parents[3] / "book" / "03_half_is_linear.ipynb"
-NAMES = {
-    "03.1": "two_averages",
-    "03.2": "dead_probe",
-    "03.3": "shrinkage_factor",
-    "03.4": "merged_moment",
-    "03.5": "rows_for_a_lie",
-}
-
-
-def answers(empty: bool) -> dict[str, Any]:
-    """What the solution cells of the notebook define, whole or as the student gets them."""
-    defined: dict[str, Any] = {"torch": torch}
-    for cell in notebooks.read_notebook(CHAPTER).cells:
-        if cell.cell_type == "code" and "solution" in tags_of(cell):
-            exec(stub(cell.source) if empty else cell.source, defined)
-    return defined
-
-
-@pytest.mark.parametrize(("id", "name"), NAMES.items())
-def test_solution_passes(id: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    book.check(id, answers(empty=False)[name])
-    assert f"Exercise {id} is right." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("id", "name"), NAMES.items())
-def test_stub_is_empty(id: str, name: str) -> None:
-    with pytest.raises(book.NotYet, match=f"Exercise {id} is still empty"):
-        book.check(id, answers(empty=True)[name])
-
-
-def refused(id: str, answer: Callable[..., Any], message: str) -> None:
-    with pytest.raises(book.NotYet, match=message):
-        book.check(id, answer)
+from tests.book.checks.common import refused
 
 
 def each_r2(y: Tensor, y_hat: Tensor) -> Tensor:

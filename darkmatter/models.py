@@ -253,7 +253,8 @@ class Model(ABC):
             alone = _LastAlone(self, tokens, hook, tuple(read), with_logits)
             # Any cache of another kind, or mask that counts otherwise, shows here.
             x = self.activations(tokens[:1], hook)[:, -1]
-            if _agree(alone(x, tokens.new_zeros(1)), whole(x, tokens.new_zeros(1)), self.dtype):
+            first = tokens.new_zeros(1)
+            if alone.usable and _agree(alone(x, first), whole(x, first), self.dtype):
                 return alone
         return whole
 
@@ -449,12 +450,8 @@ class _LastAlone(LastPosition):
     @staticmethod
     def supports(model: Model, hook: str, read: Sequence[str]) -> bool:
         stages = {_stage(name)[1] for name in (hook, *read)}
-        last = f"blocks.{model.n_layer - 1}.{RESID_POST}"
-        return (
-            stages <= {RESID_PRE, RESID_POST}
-            and hook != last
-            and _blocks_of(model._network) is not None  # pyright: ignore[reportPrivateUsage]
-        )
+        network = model._network  # pyright: ignore[reportPrivateUsage]
+        return stages <= {RESID_PRE, RESID_POST} and _blocks_of(network) is not None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -473,9 +470,10 @@ class _LastAlone(LastPosition):
         )
         with torch.no_grad():
             before = self.tokens[:, :-1]
-            self.past = (
-                self.network(before, use_cache=True).past_key_values if before.shape[1] else None
-            )
+            output = self.network(before, use_cache=True) if before.shape[1] else None
+        self.past: Any = getattr(output, "past_key_values", None)
+        # Models that keep something else than keys and values (a state) have no such cache.
+        self.usable = output is None or hasattr(self.past, "batch_select_indices")
 
     def _run(self, x: Tensor, prompt: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         past = copy.deepcopy(self.past)
@@ -496,7 +494,8 @@ class _LastAlone(LastPosition):
             return act
 
         handles = [
-            self.blocks[self.first].register_forward_pre_hook(put, prepend=True, with_kwargs=True)
+            block.register_forward_pre_hook(put, prepend=True, with_kwargs=True)
+            for block in self.blocks[self.first : self.first + 1]
         ]
         for name in self.read:
             block, stage = _stage(name)

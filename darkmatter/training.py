@@ -13,8 +13,10 @@ autoencoder is a JumpReLU with one threshold, so its L0 varies by token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +48,20 @@ class SparseTrainingRecipe:
     @property
     def rate(self) -> float:
         return self.learning_rate or 1e-3 * max(1.0, (2048 / self.d_sae) ** 0.5)
+
+
+@dataclass(frozen=True)
+class SaeLensRecipe:
+    """What decides a TopK autoencoder of sae-lens, given its rows."""
+
+    d_sae: int
+    k: int
+    samples: int
+    """Rows to train on in all, repeats counted."""
+    batch: int = 512
+    learning_rate: float = 3e-3
+    """Adam's. It warms up over the first twentieth and falls to a tenth in the last third."""
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -309,3 +325,111 @@ def with_l0(
         trained.b_dec,
         torch.full_like(trained.b_enc, threshold),
     )
+
+
+def train_with_sae_lens(
+    rows: Float[Tensor, "n d"],
+    recipe: SaeLensRecipe,
+    rows_of: Callable[[Float[Tensor, "batch d"]], Float[Tensor, "batch d_in"]] | None = None,
+) -> Any:
+    """A TopK autoencoder trained by sae-lens' own `SAETrainer`; returns its inference `TopKSAE`.
+
+        minimise  mean_n |z - z_hat|^2,   z = (t - mean t) * sqrt(d_in / variance of t)
+
+    t is a row, or `rows_of` a batch of rows: so an SAE of an error is trained on a stream of
+    activations, `rows_of=lambda x: x - sae(x)`, and no error is stored. Rows are read in a random
+    order, again and again. Every target is trained at the same size, whatever its variance, so one
+    learning rate serves all; the scale is then folded into the weights, which take raw t. Decoder
+    rows start along differences of two rows, the encoder as their transpose. sae-lens' auxiliary
+    loss on dead latents is on. The random state of torch is left as it was.
+
+    Raises Refusal for fewer rows than a batch, fewer samples than a batch, k out of range, or
+    targets that do not vary or are not finite.
+    """
+    if not 0 < recipe.batch <= min(len(rows), recipe.samples):
+        raise Refusal(
+            f"expected a batch of at most {len(rows)} rows and {recipe.samples} samples, got "
+            f"{recipe.batch}; pass more rows or make the batch smaller"
+        )
+    if not 0 < recipe.k <= recipe.d_sae:
+        raise Refusal(
+            f"expected 0 < k <= d_sae = {recipe.d_sae}, got {recipe.k}; choose a smaller k"
+        )
+    generator = torch.Generator().manual_seed(recipe.seed)
+
+    def target(at: Int[Tensor, " batch"]) -> Tensor:
+        taken = rows[at].float()
+        return (taken if rows_of is None else rows_of(taken)).detach()
+
+    pick = torch.randint(len(rows), (min(len(rows), 16_384),), generator=generator)
+    sample = torch.cat([target(part) for part in pick.split(2048)])
+    mean = sample.mean(0)
+    variance = float((sample - mean).square().sum(1).mean())
+    if not 0 < variance < float("inf"):
+        raise Refusal(
+            f"expected rows that vary and are finite, got a variance of {variance}; look at what "
+            "is to be learnt"
+        )
+    scale = (sample.shape[1] / variance) ** 0.5
+
+    def batches() -> Iterator[Tensor]:
+        while True:
+            order = torch.randperm(len(rows), generator=generator)
+            for start in range(0, len(rows) - recipe.batch + 1, recipe.batch):
+                yield (target(order[start : start + recipe.batch]) - mean) * scale
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        trained = _fit_with_sae_lens(sample - mean, batches(), recipe, generator)
+        trained.fold_activation_norm_scaling_factor(scale)
+        trained.b_dec.data += mean
+        return _inference_sae(trained)
+
+
+def _fit_with_sae_lens(
+    sample: Tensor, batches: Iterator[Tensor], recipe: SaeLensRecipe, generator: torch.Generator
+) -> Any:
+    from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training import sae_trainer
+
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=sample.shape[1], d_sae=recipe.d_sae, k=recipe.k, dtype="float32", device="cpu"
+        )
+    )
+    pick = torch.randint(len(sample), (2, recipe.d_sae), generator=generator)
+    directions = sample[pick[0]] - sample[pick[1]]
+    directions += 1e-6 * torch.randn(directions.shape, generator=generator)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.nn.functional.normalize(directions, dim=1))
+        sae.W_enc.copy_(sae.W_dec.T)
+    steps = recipe.samples // recipe.batch
+    config = SAETrainerConfig(
+        total_training_samples=steps * recipe.batch,
+        train_batch_size_samples=recipe.batch,
+        lr=recipe.learning_rate,
+        lr_end=recipe.learning_rate / 10,
+        lr_warm_up_steps=steps // 20,
+        lr_decay_steps=steps // 3,
+        dead_feature_window=max(20, steps // 10),
+        device="cpu",
+    )
+    # sae-lens has no switch for its progress bar.
+    shown: Any = sae_trainer.tqdm
+    sae_trainer.tqdm = partial(shown, disable=True)
+    try:
+        return SAETrainer(cfg=config, sae=sae, data_provider=batches).fit()
+    finally:
+        sae_trainer.tqdm = shown
+
+
+def _inference_sae(trained: Any) -> Any:
+    """What sae-lens would read back after `save_inference_model`, without a file."""
+    from sae_lens import TopKSAE
+
+    state = {name: value.detach().clone() for name, value in trained.state_dict().items()}
+    trained.process_state_dict_for_saving_inference(state)
+    sae = TopKSAE.from_dict(trained.cfg.get_inference_sae_cfg_dict())
+    sae.load_state_dict(state)
+    return sae.eval().requires_grad_(False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,12 +14,14 @@ from darkmatter.leastsquares import fvu
 from darkmatter.training import (
     Active,
     Preactivations,
+    SaeLensRecipe,
     SparseTrainingRecipe,
     TrainedAutoencoder,
     Weights,
     add_auxiliary,
     gradients,
     train_batch_topk,
+    train_with_sae_lens,
 )
 
 
@@ -190,3 +194,72 @@ def test_refusals() -> None:
         train_batch_topk(torch.randn(10, 4), SparseTrainingRecipe(d_sae=8, l0=2))
     with pytest.raises(Refusal, match="0 < l0 <= d_sae = 8, got 9"):
         train_batch_topk(torch.randn(10, 4), SparseTrainingRecipe(d_sae=8, l0=9, batch=4))
+
+
+SMALL = SaeLensRecipe(d_sae=48, k=2, samples=60_000, batch=256)
+
+
+def test_sae_lens_trainer_finds_planted_features_and_none_in_noise() -> None:
+    x = planted(12_000)
+    generator = torch.Generator().manual_seed(9)
+    root = torch.linalg.cholesky(torch.cov(x.T))
+    noise = x.mean(0) + torch.randn(x.shape, generator=generator) @ root.T
+    scores: list[float] = []
+    for rows in (x, noise):
+        sae = train_with_sae_lens(rows[:10_000], SMALL)
+        assert type(sae).__name__ == "TopKSAE"
+        code = sae.encode(rows[10_000:])
+        assert int((code > 0).sum(1).max()) <= 2
+        scores.append(fvu(rows[10_000:], sae.decode(code)))
+    # Two of the 24 planted directions a row are found; Gaussian rows of their covariance have none.
+    assert scores[0] < 0.25
+    assert scores[1] > 1.5 * scores[0]
+
+
+def test_sae_lens_training_does_not_depend_on_units_or_storage(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    x = planted(3_000)
+    recipe = SaeLensRecipe(d_sae=32, k=2, samples=4_000, batch=200)
+    before = torch.get_rng_state()
+    plain = train_with_sae_lens(x, recipe)
+    assert torch.equal(before, torch.get_rng_state())
+    streamed = train_with_sae_lens(x / 64 + 3, recipe, rows_of=lambda rows: (rows - 3) * 64)
+    large = train_with_sae_lens(100 * x, recipe)
+    y = plain(x)
+    # The offset of 3 costs float32 digits of x / 64, about 64 * 2^-22 of a row of size 40.
+    assert (streamed(x) - y).norm() < 0.02 * y.norm()
+    assert (large(100 * x) / 100 - y).norm() < 0.02 * y.norm()
+    assert torch.equal(train_with_sae_lens(x, recipe)(x), y)
+    assert not torch.equal(
+        train_with_sae_lens(x, SaeLensRecipe(d_sae=32, k=2, samples=4_000, batch=200, seed=1))(x), y
+    )
+    assert capsys.readouterr() == ("", "")
+
+
+def test_sae_lens_result_is_what_sae_lens_saves(tmp_path: Path) -> None:
+    from sae_lens import SAE
+
+    x = planted(1_000)
+    sae = train_with_sae_lens(x, SaeLensRecipe(d_sae=32, k=3, samples=2_000, batch=100))
+    sae.save_model(tmp_path)
+    read = SAE.load_from_disk(tmp_path, device="cpu")
+    assert torch.equal(read(x), sae(x))
+    # Decoder rows are folded to unit norm, so the largest pre-activations are the largest parts.
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32), rtol=0, atol=1e-5)
+    assert sae.cfg.k == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "recipe", "message"),
+    [
+        (torch.randn(50, 4), SaeLensRecipe(8, 2, 1000), "batch of at most 50 rows"),
+        (torch.randn(600, 4), SaeLensRecipe(8, 2, 100), "100 samples"),
+        (torch.randn(600, 4), SaeLensRecipe(8, 9, 1000), "0 < k <= d_sae = 8, got 9"),
+        (torch.ones(600, 4), SaeLensRecipe(8, 2, 1000), "variance of 0"),
+        (torch.full((600, 4), torch.nan), SaeLensRecipe(8, 2, 1000), "variance of nan"),
+    ],
+)
+def test_sae_lens_refusals(rows: torch.Tensor, recipe: SaeLensRecipe, message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        train_with_sae_lens(rows, recipe)

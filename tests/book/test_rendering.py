@@ -73,6 +73,13 @@ def test_the_statistics_name_what_is_over_budget(executed_once: Book) -> None:
     assert "| torch |" in page
     executed["99"].metadata["darkmatter"].update(seconds=91.0, peak_bytes=2**30)
     assert "| 91 | 1 | 1.00 | **no** |" in pages.statistics_page(executed, {"99": "99_mini.ipynb"})
+    executed["99"].metadata["darkmatter"]["jobs"] = 2
+    page = pages.statistics_page(executed, {"99": "99_mini.ipynb"})
+    assert "| 91 | 2 | 1.00 | not beside another |" in page
+    assert "about 46 seconds" in page
+    executed["99"].metadata["darkmatter"]["peak_bytes"] = 5 * 2**30
+    page = pages.statistics_page(executed, {"99": "99_mini.ipynb"})
+    assert "| 91 | 2 | 5.00 | **no** |" in page
 
 
 def test_a_suite_card_gets_a_title(tmp_path: Path) -> None:

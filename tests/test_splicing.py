@@ -16,7 +16,7 @@ from torch import Tensor
 from darkmatter._refusal import Refusal
 from darkmatter.activations import Tokens
 from darkmatter.autoencoders import LinearlyCorrected, reconstruct
-from darkmatter.leastsquares import LinearMap, fvu
+from darkmatter.leastsquares import LinearMap, LinearStatistics, fvu
 from darkmatter.models import Model, open_model
 from darkmatter.splicing import (
     Randomised,
@@ -358,6 +358,26 @@ def test_shares_of_fvu_and_norm(tiny_model: Model, tokens: Tokens) -> None:
     assert found.fvu_share(("one", "rest")).value == pytest.approx(1, rel=1e-5)
     squares = found.norm_share("one").value ** 2 + found.norm_share("rest").value ** 2
     assert squares == pytest.approx(1, rel=1e-5)
+
+
+def test_shares_of_fitted_parts_add_to_one_on_the_tokens_they_were_fitted_on(
+    tiny_model: Model, tokens: Tokens
+) -> None:
+    def sae(x: Tensor) -> Tensor:
+        return 0.5 * x + 2 * x.sin()
+
+    x = tiny_model.activations(tokens.tokens, HOOK)[:, SKIP:-1].flatten(0, 1)
+    assert len(x) > 2 * D_MODEL
+    probe = LinearStatistics(D_MODEL, D_MODEL).partial_fit(x, x - sae(x)).solve()
+    variants = {
+        "sae": sae,
+        "linear": lambda x: sae(x) + probe(x),
+        "nonlinear": lambda x: x - probe(x),
+    }
+    found = splice(tiny_model, tokens, HOOK, variants, SKIP)
+    # The residual of least squares is orthogonal to what was fitted; float32 rounds the splice.
+    assert 0.05 < found.fvu_share("nonlinear").value < 0.95
+    assert found.fvu_share(("linear", "nonlinear")).value == pytest.approx(1, rel=1e-4)
 
 
 def test_tables(tiny_model: Model, likely: Tokens) -> None:

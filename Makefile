@@ -52,6 +52,7 @@ lint: venv ## ruff, and pyright strict on darkmatter/
 
 bench: venv ## time the numerical core against the plain way
 	$(V)/python tests/bench/run.py
+	$(V)/python tests/bench/curves.py
 
 student: venv ## write the student edition: the chapters without their solutions
 	$(V)/python -m darkmatter.book student

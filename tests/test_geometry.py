@@ -39,7 +39,7 @@ from darkmatter.sparse import SparseCode
 from tests.common import normal, refused
 
 # float64 products of some dozens of terms of order 1.
-CLOSE = {"rtol": 0.0, "atol": 1e-12}
+CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-12}
 
 
 def naive(directions: Tensor, ranks: tuple[int, ...]) -> Tensor:

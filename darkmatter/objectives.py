@@ -13,9 +13,10 @@ where d* is d as a constant: this term gives no gradient to the decoder. `gated`
 al. 2024 (2404.16014); `expanded`, its loss without the step function, is jacobcd52's proposal in a
 comment on that paper, whose formulas are lost and were put together from its words.
 
-A sparsity penalty is comparable between objectives only at equal L0. So `train` takes an L0 and
-steers the penalty towards it. What is learned is returned as sae-lens' own StandardSAE, GatedSAE or
-TopKSAE; `expanded` is a StandardSAE whose decoder rows are p_i W_i, which is the same function.
+A sparsity penalty is comparable between objectives only at equal L0. So `train_objective` takes an
+L0 and steers the penalty towards it. What is learned is returned as sae-lens' own StandardSAE,
+GatedSAE or TopKSAE; `expanded` is a StandardSAE whose decoder rows are p_i W_i, which is the same
+function.
 """
 
 from __future__ import annotations

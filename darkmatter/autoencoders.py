@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +22,7 @@ from darkmatter._refusal import Refusal
 from darkmatter.leastsquares import LinearMap
 from darkmatter.models import Model
 from darkmatter.pursuit import gradient_pursuit
-from darkmatter.sparse import SparseCode
+from darkmatter.sparse import SparseCode, flat_nonzero
 
 __all__ = [
     "Autoencoder",
@@ -190,12 +189,7 @@ def _encoded(sae: Autoencoder, x: Tensor) -> SparseCode:
 
 def _kept(dense: Tensor, active: Tensor) -> SparseCode:
     """The entries of dense [n, m] where active, row by row."""
-    # On the CPU, torch's nonzero is many times slower than numpy's.
-    flat = (
-        torch.from_numpy(np.flatnonzero(active.numpy()))
-        if active.device.type == "cpu"
-        else active.flatten().nonzero()[:, 0]
-    )
+    flat = flat_nonzero(active)
     row = flat // dense.shape[1]
     count = torch.bincount(row, minlength=len(dense))
     k = int(count.max()) if len(dense) else 0

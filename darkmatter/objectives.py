@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from math import exp, log
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,7 +33,8 @@ from torch import Tensor
 from darkmatter._refusal import Refusal
 from darkmatter.autoencoders import Autoencoder, decoder_of
 from darkmatter.leastsquares import column_mean, finite_rows, float64_blocks, paired_rows
-from darkmatter.training import bags, row_dots
+from darkmatter.sparse import flat_nonzero
+from darkmatter.training import bags, difference_directions, row_dots
 
 if TYPE_CHECKING:
     from sae_lens import GatedSAE, StandardSAE
@@ -104,12 +104,7 @@ def initial_parameters(
     on the way. All objectives of one seed start equal.
     """
     generator = torch.Generator().manual_seed(seed)
-    pick = torch.randint(len(rows), (2, d_sae), generator=generator)
-    directions = rows[pick[0]] - rows[pick[1]]
-    directions = directions + 1e-6 * torch.randn(
-        directions.shape, generator=generator, dtype=rows.dtype
-    )
-    directions = torch.nn.functional.normalize(directions, dim=1)
+    directions = difference_directions(rows, d_sae, generator, jitter=1e-6)
     zeros = rows.new_zeros(d_sae)
     gain = torch.ones_like(zeros) if objective == "expanded" else zeros.clone()
     b_enc = zeros.clone()
@@ -182,8 +177,7 @@ def objective_gradients(
     on = pre > 0
     if objective == "topk":
         on &= torch.zeros_like(on).scatter_(1, pre.topk(k, dim=1, sorted=False).indices, True)
-    # NumPy's flatnonzero reads a boolean array several times faster than torch's nonzero.
-    at = torch.from_numpy(np.flatnonzero(on.numpy()))
+    at = flat_nonzero(on)
     row = at.div(m, rounding_mode="floor")
     column = at - row * m
     f = pre.view(-1)[at]

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from darkmatter._refusal import Refusal
+from darkmatter.sparse import flat_nonzero
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,7 @@ class Preactivations:
         """
         while True:
             torch.gt(self.pre, guess, out=self.above)
-            # NumPy's flatnonzero reads a boolean array several times faster than torch's nonzero.
-            at = torch.from_numpy(np.flatnonzero(self.above.view(-1).numpy()))
+            at = flat_nonzero(self.above)
             if len(at) >= count or guess <= 0:
                 break
             guess = 0.5 * guess if guess > 1e-6 else 0.0
@@ -207,13 +206,23 @@ def normalise_decoder(weights: Weights, gradient: Tensor | None = None) -> None:
         gradient.addcmul_(weights.decoder, along, value=-1)
 
 
+def difference_directions(
+    rows: Float[Tensor, "n d"], count: int, generator: torch.Generator, jitter: float
+) -> Float[Tensor, "count d"]:
+    """Unit directions along differences of two random rows each, where decoders begin.
+
+    Noise of size `jitter` gives a direction to a row that is drawn with itself.
+    """
+    pick = torch.randint(len(rows), (2, count), generator=generator)
+    directions = rows[pick[0]] - rows[pick[1]]
+    directions += jitter * torch.randn(directions.shape, generator=generator, dtype=rows.dtype)
+    return torch.nn.functional.normalize(directions, dim=1)
+
+
 def initial_weights(sample: Float[Tensor, "n d"], recipe: SparseTrainingRecipe) -> Weights:
     """Decoder rows point along differences of random activations; the encoder is its transpose."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    pick = torch.randint(len(sample), (2, recipe.d_sae), generator=generator)
-    directions = sample[pick[0]] - sample[pick[1]]
-    directions += 1e-3 * torch.randn(directions.shape, generator=generator)
-    directions /= directions.norm(dim=1, keepdim=True)
+    directions = difference_directions(sample, recipe.d_sae, generator, jitter=1e-3)
     zeros = torch.zeros(recipe.d_sae)
     return Weights(directions.clone(), zeros, directions.clone(), torch.zeros(sample.shape[1]))
 
@@ -398,11 +407,8 @@ def _fit_with_sae_lens(
             d_in=sample.shape[1], d_sae=recipe.d_sae, k=recipe.k, dtype="float32", device="cpu"
         )
     )
-    pick = torch.randint(len(sample), (2, recipe.d_sae), generator=generator)
-    directions = sample[pick[0]] - sample[pick[1]]
-    directions += 1e-6 * torch.randn(directions.shape, generator=generator)
     with torch.no_grad():
-        sae.W_dec.copy_(torch.nn.functional.normalize(directions, dim=1))
+        sae.W_dec.copy_(difference_directions(sample, recipe.d_sae, generator, jitter=1e-6))
         sae.W_enc.copy_(sae.W_dec.T)
     steps = recipe.samples // recipe.batch
     config = SAETrainerConfig(

@@ -118,6 +118,18 @@ def tiny_model(tiny_model_folder: Path) -> Model:
 
 
 @pytest.fixture(scope="session")
+def nnsight_model(tiny_model_folder: Path) -> Model:
+    """The tiny model through the second backend."""
+    return open_model(tiny_model_folder, backend="nnsight")
+
+
+@pytest.fixture(params=["bridge", "nnsight"])
+def model(request: pytest.FixtureRequest, tiny_model: Model, nnsight_model: Model) -> Model:
+    """The tiny model through each backend in turn."""
+    return tiny_model if request.param == "bridge" else nnsight_model
+
+
+@pytest.fixture(scope="session")
 def tiny_tokens() -> Tensor:
     """Token ids [6, 32]; every context starts with the special token 0, some have one inside."""
     tokens = torch.randint(

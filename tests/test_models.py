@@ -30,16 +30,6 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(scope="session")
-def nnsight_model(tiny_model_folder: Path) -> Model:
-    return open_model(tiny_model_folder, backend="nnsight")
-
-
-@pytest.fixture(params=["bridge", "nnsight"])
-def model(request: pytest.FixtureRequest, tiny_model: Model, nnsight_model: Model) -> Model:
-    return tiny_model if request.param == "bridge" else nnsight_model
-
-
-@pytest.fixture(scope="session")
 def network(tiny_model_folder: Path) -> Any:
     """Plain transformers, loaded as its documentation says, default attention included."""
     from transformers import AutoModelForCausalLM

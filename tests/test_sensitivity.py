@@ -44,16 +44,6 @@ FINAL = f"blocks.{N_LAYER - 1}.hook_resid_post"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module")
-def nnsight_model(tiny_model_folder: Path) -> Model:
-    return open_model(tiny_model_folder, backend="nnsight")
-
-
-@pytest.fixture(params=["bridge", "nnsight"])
-def model(request: pytest.FixtureRequest, tiny_model: Model, nnsight_model: Model) -> Model:
-    return tiny_model if request.param == "bridge" else nnsight_model
-
-
 def some_paths(model: Model, tokens: Tensor, hook: str, n: int = 6) -> Tensor:
     """[b, 2, n + 1, d]: from each prompt's own activation to the next prompt's, and to noise."""
     base = model.activations(tokens, hook)[:, -1]

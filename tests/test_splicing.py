@@ -17,7 +17,7 @@ from darkmatter._refusal import Refusal
 from darkmatter.activations import Tokens
 from darkmatter.autoencoders import LinearlyCorrected, reconstruct
 from darkmatter.leastsquares import LinearMap, LinearStatistics, fvu
-from darkmatter.models import Model, open_model
+from darkmatter.models import Model
 from darkmatter.splicing import (
     Randomised,
     Splice,
@@ -52,11 +52,6 @@ def likely(tiny_model: Model) -> Tokens:
     for _ in range(N_CONTEXT - 1):
         ids = torch.cat([ids, tiny_model.logits(ids)[:, -1:].argmax(-1)], 1)
     return Tokens(ids, torch.tensor([0, 0, 1, 2, 2, 4]), ("a", "b", "c", "d", "e"))
-
-
-@pytest.fixture(scope="session")
-def nnsight_model(tiny_model_folder: Path) -> Model:
-    return open_model(tiny_model_folder, backend="nnsight")
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ def _run(options: argparse.Namespace) -> list[str]:
         case "lint":
             return lint.lint(book, chosen)
         case "execute":
-            _execute(book, chosen, _parameters(options), options.out, options)
+            _execute(book, options, chosen, _parameters(options), options.out)
         case "check":
             return results.check(book, chosen, options.out, options.suite)
         case "build":
@@ -60,7 +60,7 @@ def _build(book: Book, options: argparse.Namespace) -> list[str]:
 
     if found := lint.lint(book):
         return found
-    _execute(book, None, {}, None, options)
+    _execute(book, options)
     if found := results.check(book):
         return found
     stage(book)
@@ -70,10 +70,10 @@ def _build(book: Book, options: argparse.Namespace) -> list[str]:
 
 def _execute(
     book: Book,
-    only: str | None,
-    parameters: dict[str, object],
-    out: Path | None,
     options: argparse.Namespace,
+    only: str | None = None,
+    parameters: dict[str, object] | None = None,
+    out: Path | None = None,
 ) -> None:
     for run in execute(book, only, parameters, out, options.force, options.jobs):
         took = f"{run.seconds:.0f} s, {run.peak_bytes / 2**30:.2f} GiB"

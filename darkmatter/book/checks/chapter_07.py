@@ -8,12 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from darkmatter.book.checks.common import normal
 from darkmatter.book.exercises import NotYet, exercise
 from darkmatter.synthetic import estimated_shares
-
-
-def _normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def near(a: float, b: float, tolerance: float = 1e-9) -> bool:
@@ -113,7 +110,7 @@ def rarest(answer: Callable[..., Any]) -> str:
 def hidden_noise(answer: Callable[..., Any]) -> str:
     """Noise of a twentieth of the variance that the split calls nonlinear."""
     d, n = 12, 12_000
-    x = _normal(1, n, d) * torch.logspace(0.5, -1.5, d, dtype=torch.float64) @ _normal(2, d, d) + 1
+    x = normal(1, n, d) * torch.logspace(0.5, -1.5, d, dtype=torch.float64) @ normal(2, d, d) + 1
     noise: Any = answer(x.clone())
     if not isinstance(noise, Tensor) or noise.shape != x.shape:
         raise NotYet(f"Return noise of the shape of x, {list(x.shape)}.")

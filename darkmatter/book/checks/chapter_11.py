@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from darkmatter.book.checks.common import normal
 from darkmatter.book.exercises import NotYet, exercise
 from darkmatter.leastsquares import LinearStatistics, r2
-
-
-def _normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def near(a: float, b: float, tolerance: float = 1e-6) -> bool:
@@ -24,7 +21,7 @@ def near(a: float, b: float, tolerance: float = 1e-6) -> bool:
 @exercise("11.1", difficulty=1, minutes=6, teaches="FVUs on the same rows compare by squares.")
 def share_gone(answer: Callable[..., Any]) -> str:
     """One less the ratio of two sums of squares."""
-    left_x = _normal(1, 60, 5) * torch.linspace(0.2, 3, 60)[:, None]
+    left_x = normal(1, 60, 5) * torch.linspace(0.2, 3, 60)[:, None]
     left_both = 0.8 * left_x + 0.1
     given = float(answer(left_x, left_both))
     ratio = float(left_both.square().sum() / left_x.square().sum())
@@ -48,8 +45,8 @@ def share_gone(answer: Callable[..., Any]) -> str:
 )
 def bar_of_its_own(answer: Callable[..., Any]) -> str:
     """trace(N S^-1 N) / trace(N), compared with the regression on rows."""
-    x = _normal(2, 800, 6) * torch.linspace(0.5, 3, 6)
-    error = 0.3 * x + 0.6 * torch.relu(_normal(3, 800, 6)) * torch.linspace(1, 0.2, 6)
+    x = normal(2, 800, 6) * torch.linspace(0.5, 3, 6)
+    error = 0.3 * x + 0.6 * torch.relu(normal(3, 800, 6)) * torch.linspace(1, 0.2, 6)
     centred = x - x.mean(0)
     e = error - error.mean(0)
     nonlinear = e - centred @ torch.linalg.lstsq(centred, e).solution
@@ -104,9 +101,9 @@ def other_documents(answer: Callable[..., Any]) -> str:
 def perfect_help(answer: Callable[..., Any]) -> str:
     """Regressors that explain the nonlinear error of two different SAEs on unseen rows."""
     for seed in (6, 7):
-        x = _normal(seed, 900, 5)
+        x = normal(seed, 900, 5)
         # Of changing size, so that the error is no linear map of x_hat alone.
-        x_hat = 0.8 * x + 0.5 * torch.sin(2 * x) + 0.3 * _normal(seed + 10, 900, 5)
+        x_hat = 0.8 * x + 0.5 * torch.sin(2 * x) + 0.3 * normal(seed + 10, 900, 5)
         regressors: Any = answer(x.clone(), x_hat.clone())
         if not isinstance(regressors, Tensor) or regressors.ndim != 2 or len(regressors) != 900:
             raise NotYet("Return a tensor [n, k]: k columns for each of the n rows of x.")

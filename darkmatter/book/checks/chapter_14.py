@@ -10,17 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from darkmatter.book.checks.common import alike, normal
 from darkmatter.book.exercises import NotYet, exercise
 from darkmatter.geometry import nearest_neighbours, neighbour_cosines, rms_cosine
-
-
-def _normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def _is(given: Tensor, wrong: Tensor) -> bool:
-    return torch.allclose(given.double(), wrong, atol=1e-6)
 
 
 @exercise(
@@ -28,7 +20,7 @@ def _is(given: Tensor, wrong: Tensor) -> bool:
 )
 def kth_neighbour(answer: Callable[..., Any]) -> str:
     """Rows of different lengths, some nearly opposite to others."""
-    directions = _normal(0, 12, 4)
+    directions = normal(0, 12, 4)
     directions[1], directions[3] = -directions[0] + 0.1 * directions[1], -directions[2]
     directions *= (1 + torch.arange(12, dtype=torch.float64))[:, None]
     units = normalize(directions, dim=1)
@@ -39,18 +31,18 @@ def kth_neighbour(answer: Callable[..., Any]) -> str:
             raise NotYet("Return a tensor [m], one cosine for each row.")
         right = neighbour_cosines(directions, (k,))[:, 0]
         with_self = cosines.topk(k, dim=1).values[:, -1]
-        assert not _is(given, with_self), (
+        assert not alike(given, with_self), (
             "Each row counts as its own nearest neighbour; forbid it before you rank."
         )
         absolute = cosines.abs().fill_diagonal_(-1).topk(k, dim=1).values[:, -1]
-        assert not _is(given, absolute), (
+        assert not alike(given, absolute), (
             "That ranks absolute cosines; an opposite direction is far, not near."
         )
         raw = (directions @ directions.T).fill_diagonal_(-torch.inf).topk(k, dim=1).values[:, -1]
-        assert not _is(given, raw), "Those are dot products; scale the rows to unit length first."
+        assert not alike(given, raw), "Those are dot products; scale the rows to unit length first."
         lowest = cosines.clone().fill_diagonal_(2).topk(k, dim=1, largest=False).values[:, -1]
-        assert not _is(given, lowest), "Those are the farthest; sort in descending order."
-        assert _is(given, right), f"These are not the cosines with neighbours of rank {k}."
+        assert not alike(given, lowest), "Those are the farthest; sort in descending order."
+        assert alike(given, right), f"These are not the cosines with neighbours of rank {k}."
     return "Your neighbours agree with dm.neighbour_cosines."
 
 
@@ -62,7 +54,7 @@ def kth_neighbour(answer: Callable[..., Any]) -> str:
 )
 def rms_of_pairs(answer: Callable[[Tensor], float]) -> str:
     """A few rows first, then so many that their pairs would take a terabyte."""
-    few = normalize(_normal(1, 7, 3), dim=1)
+    few = normalize(normal(1, 7, 3), dim=1)
     given = float(answer(few))
     moment = few.T @ few
     wrong = {
@@ -83,7 +75,7 @@ def rms_of_pairs(answer: Callable[[Tensor], float]) -> str:
     assert abs(given - rms_cosine(few)) < 1e-6, (
         "That is not the root mean square of u_i . u_j over i != j."
     )
-    many = normalize(_normal(2, 500_000, 2), dim=1)
+    many = normalize(normal(2, 500_000, 2), dim=1)
     try:
         large = float(answer(many))
     except (RuntimeError, MemoryError) as error:
@@ -129,8 +121,8 @@ def most_active(answer: Callable[..., Any]) -> str:
 @exercise("14.4", difficulty=2, minutes=10, teaches="New is what no narrow latent is near.")
 def new_latents(answer: Callable[..., Any]) -> str:
     """Children, opposites of narrow latents, and strangers."""
-    narrow = normalize(_normal(3, 8, 6), dim=1)
-    wide = torch.cat([narrow[:4] + 0.1 * _normal(4, 4, 6), -narrow[4:6], _normal(5, 7, 6)])
+    narrow = normalize(normal(3, 8, 6), dim=1)
+    wide = torch.cat([narrow[:4] + 0.1 * normal(4, 4, 6), -narrow[4:6], normal(5, 7, 6)])
     wide = normalize(wide, dim=1)
     given = answer(narrow.clone(), wide.clone(), 0.85)
     if not isinstance(given, Tensor) or given.dtype != torch.bool:

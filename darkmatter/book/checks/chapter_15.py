@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from darkmatter.book.checks.common import alike
 from darkmatter.book.exercises import NotYet, exercise
-
-
-def _is(given: Tensor, wrong: Tensor) -> bool:
-    return torch.allclose(given.double(), wrong.double(), atol=1e-6)
 
 
 @exercise("15.1", difficulty=2, minutes=8, teaches="An L1 penalty takes half of itself away.")
@@ -24,16 +21,16 @@ def best_code(answer: Callable[..., Any]) -> str:
         given = answer(x.clone(), sparsity)
         if not isinstance(given, Tensor) or given.shape != x.shape:
             raise NotYet("Return a tensor of the shape of x: one code for each value.")
-        assert not _is(given, x - sparsity / 2), (
+        assert not alike(given, x - sparsity / 2), (
             "Codes cannot be negative: what is below the threshold becomes zero."
         )
-        assert not _is(given, (x - sparsity).relu()), (
+        assert not alike(given, (x - sparsity).relu()), (
             "That takes the whole penalty away; differentiate the square: its factor 2 halves it."
         )
-        assert not _is(given, x.sign() * (x.abs() - sparsity / 2).relu()), (
+        assert not alike(given, x.sign() * (x.abs() - sparsity / 2).relu()), (
             "That is the threshold of two-sided codes; a latent of a ReLU SAE is never negative."
         )
-        assert not _is(given, x * (x > sparsity / 2)), (
+        assert not alike(given, x * (x > sparsity / 2)), (
             "That is a hard threshold: it silences small values, but the penalty also shortens "
             "large ones."
         )
@@ -88,7 +85,7 @@ def expanded_loss(answer: Callable[..., Any]) -> str:
 
     def agrees(name: str) -> bool:
         learned, expected = theirs[name].grad, ours[name].grad
-        return learned is not None and expected is not None and _is(learned, expected)
+        return learned is not None and expected is not None and alike(learned, expected)
 
     assert agrees("f"), (
         "The gradient of the codes is wrong: the stopped tensor is the decoder, not the codes."

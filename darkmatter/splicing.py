@@ -535,8 +535,8 @@ def covariance_matched(
 ) -> Float[Tensor, "n d"]:
     """x + |x - x_hat| g/|g|, with g normal of covariance root' root. Lee and Heimersheim's.
 
-    The root is `covariance_root` of the activations' covariance: the noise prefers the directions
-    in which activations differ from each other.
+    The root is `synthetic.covariance_root` of the activations' covariance: the noise prefers the
+    directions in which activations differ from each other.
     """
     _same_rows(x, x_hat)
     if root.ndim != 2 or root.shape[1] != x.shape[1]:
@@ -546,21 +546,6 @@ def covariance_matched(
         )
     draws = torch.randn(len(x), len(root), generator=generator).to(x) @ root.to(x)
     return x + _of_length(draws, (x - x_hat).norm(dim=1))
-
-
-def covariance_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """R with R' R = covariance, for `covariance_matched`; directions without variance are kept so.
-
-    Raises Refusal for a matrix that is not square and symmetric.
-    """
-    symmetric = covariance.ndim == 2 and covariance.shape[0] == covariance.shape[1]
-    if not symmetric or not torch.allclose(covariance, covariance.T, rtol=1e-4):
-        raise Refusal(
-            f"covariance is {list(covariance.shape)} and must be a symmetric matrix [d, d]; pass "
-            "torch.cov(x.T)."
-        )
-    values, vectors = torch.linalg.eigh(covariance.double())
-    return values.clamp_min(0).sqrt()[:, None] * vectors.T
 
 
 def shuffled_error(

@@ -602,6 +602,22 @@ def noise_covariance(
     return variance * len(signal) / signal.trace() * signal
 
 
+def covariance_root(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """R with R' R = covariance, so that normal rows times R have it.
+
+    Directions without variance are kept so. Raises Refusal for a matrix that is not square and
+    symmetric.
+    """
+    symmetric = covariance.ndim == 2 and covariance.shape[0] == covariance.shape[1]
+    if not symmetric or not torch.allclose(covariance, covariance.T, rtol=1e-4):
+        raise Refusal(
+            f"covariance is {list(covariance.shape)} and must be a symmetric matrix [d, d]; pass "
+            "torch.cov(x.T)."
+        )
+    values, vectors = torch.linalg.eigh(covariance.double())
+    return values.clamp_min(0).sqrt()[:, None] * vectors.T
+
+
 def planted_noise(
     x: Float[Tensor, "n d"],
     level: float | int,
@@ -638,9 +654,7 @@ def planted_noise(
             noise = math.sqrt(variance) * _normal(generator, *x.shape).to(x.device)
         case "covariance":
             covariance = noise_covariance(centred.T @ centred / len(x), level, kind, unit, level_is)
-            values, vectors = torch.linalg.eigh(covariance)
-            root = vectors * values.clamp(min=0).sqrt()
-            noise = _normal(generator, *x.shape).to(x.device) @ root.T
+            noise = _normal(generator, *x.shape).to(x.device) @ covariance_root(covariance)
         case "multiplicative":
             factor = math.sqrt(variance * x.numel() / float(centred.square().sum()))
             noise = factor * _normal(generator, len(x), 1).to(x.device) * centred

@@ -22,7 +22,6 @@ from darkmatter.splicing import (
     Randomised,
     Splice,
     covariance_matched,
-    covariance_root,
     isotropic_noise,
     remembered,
     sae_norm,
@@ -30,6 +29,7 @@ from darkmatter.splicing import (
     shuffled_error,
     splice,
 )
+from darkmatter.synthetic import covariance_root
 from tests.common import normal
 from tests.conftest import D_MODEL, HOOK, N_CONTEXT, VOCABULARY
 

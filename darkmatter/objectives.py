@@ -34,7 +34,7 @@ from darkmatter._refusal import Refusal
 from darkmatter.autoencoders import Autoencoder, decoder_of
 from darkmatter.leastsquares import column_mean, finite_rows, float64_blocks, paired_rows
 from darkmatter.sparse import flat_nonzero
-from darkmatter.training import bags, difference_directions, row_dots
+from darkmatter.training import bags, check_batch, difference_directions, row_dots
 
 if TYPE_CHECKING:
     from sae_lens import GatedSAE, StandardSAE
@@ -287,11 +287,7 @@ def _check(rows: Tensor, recipe: ObjectiveRecipe) -> None:
             f"There is no objective {recipe.objective!r}; choose one of {get_args(Objective)}."
         )
     finite_rows("rows", rows)
-    if not 0 < recipe.batch <= min(len(rows), recipe.samples):
-        raise Refusal(
-            f"expected a batch of at most {len(rows)} rows and {recipe.samples} samples, got "
-            f"{recipe.batch}; pass more rows or make the batch smaller"
-        )
+    check_batch(len(rows), recipe.samples, recipe.batch)
     if not 0 < recipe.l0 <= recipe.d_sae:
         raise Refusal(
             f"expected 0 < l0 <= d_sae = {recipe.d_sae}, got {recipe.l0}; choose a smaller l0"

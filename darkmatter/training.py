@@ -336,6 +336,15 @@ def with_l0(
     )
 
 
+def check_batch(rows: int, samples: int, batch: int) -> None:
+    """Raise Refusal unless a batch can be drawn from the rows, and once from the samples."""
+    if not 0 < batch <= min(rows, samples):
+        raise Refusal(
+            f"expected a batch of at most {rows} rows and {samples} samples, got {batch}; pass "
+            "more rows or make the batch smaller"
+        )
+
+
 def train_with_sae_lens(
     rows: Float[Tensor, "n d"],
     recipe: SaeLensRecipe,
@@ -355,11 +364,7 @@ def train_with_sae_lens(
     Raises Refusal for fewer rows than a batch, fewer samples than a batch, k out of range, or
     targets that do not vary or are not finite.
     """
-    if not 0 < recipe.batch <= min(len(rows), recipe.samples):
-        raise Refusal(
-            f"expected a batch of at most {len(rows)} rows and {recipe.samples} samples, got "
-            f"{recipe.batch}; pass more rows or make the batch smaller"
-        )
+    check_batch(len(rows), recipe.samples, recipe.batch)
     if not 0 < recipe.k <= recipe.d_sae:
         raise Refusal(
             f"expected 0 < k <= d_sae = {recipe.d_sae}, got {recipe.k}; choose a smaller k"

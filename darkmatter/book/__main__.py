@@ -41,6 +41,8 @@ def _run(options: argparse.Namespace) -> list[str]:
             return results.check(book, chosen, options.out, options.suite)
         case "build":
             return _build(book, options)
+        case "render":
+            _render(book)
         case "student":
             for path in editions.write_student_editions(book):
                 print(path)
@@ -55,17 +57,21 @@ def _run(options: argparse.Namespace) -> list[str]:
 
 
 def _build(book: Book, options: argparse.Namespace) -> list[str]:
-    from darkmatter.book.rendering import render
-    from darkmatter.book.staging import stage
-
     if found := lint.lint(book):
         return found
     _execute(book, options)
     if found := results.check(book):
         return found
+    _render(book)
+    return []
+
+
+def _render(book: Book) -> None:
+    from darkmatter.book.rendering import render
+    from darkmatter.book.staging import stage
+
     stage(book)
     print(f"The book is at {render(book) / 'index.html'}")
-    return []
 
 
 def _execute(
@@ -145,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     checked.add_argument("--out", type=Path, default=None)
     checked.add_argument("--suite", default="pydocs")
     with_force_and_jobs(command("build", "lint, execute, check, stage and render into _build/html"))
+    command("render", "stage and render the chapters as they were executed last")
     command("student", "write the student edition into _build/student")
     written = command("results", "compare the executed book with the reference, or update it")
     written.add_argument("--update", action="store_true", help="write book/results")

@@ -75,6 +75,8 @@ class Chapter:
         self.seed = seed
         self._claims = claims
         self._values: dict[str, tuple[Value, Interval | None]] = {}
+        # A suite that no claim knows: widths differ and with them ids, and any value may come out.
+        self._foreign = claims is not None and not any(suite in c.expect for c in claims.values())
 
     def record(self, id: str, value: object, interval: object = None) -> None:
         """Put a measured value under a claim, where the ledger, the check and the prose find it.
@@ -84,9 +86,18 @@ class Chapter:
         two elements are low and high (`darkmatter.intervals.Interval`), or for a list one such pair
         per element.
 
+        On a suite for which the ledger expects nothing any id is taken, and a value that is not
+        finite is shown, not recorded.
+
         Raises `Refusal` for an id that claims.yml does not give to this chapter, for a value that
         is not finite, an interval that does not fit, or an id recorded with another value.
         """
+        if self._foreign:
+            try:
+                _plain_interval(id, _plain_value(id, value), interval)
+            except Refusal as reason:
+                _display({"text/plain": f"not recorded on suite {self.suite}: {reason}"})
+                return
         self._check_id(id)
         plain = _plain_value(id, value)
         pair = _plain_interval(id, plain, interval)
@@ -135,7 +146,10 @@ class Chapter:
     def _write(self, id: str, form: str) -> str:
         if form == "paper":
             self._check_id(id)
-            return published(self._claims[id]) if self._claims is not None else "(in the ledger)"
+            claim = None if self._claims is None else self._claims.get(id)
+            return "(in the ledger)" if claim is None else published(claim)
+        if id not in self._values and self._foreign:
+            return f"(not measured on {self.suite})"
         if id not in self._values:
             known = ", ".join(sorted(self._values)) or "nothing yet"
             raise Refusal(f"expected a recorded id, found {id!r}; recorded so far: {known}")
@@ -143,7 +157,7 @@ class Chapter:
         return prose.written(value, interval, form)
 
     def _check_id(self, id: str) -> None:
-        if self._claims is None:
+        if self._claims is None or (self._foreign and id not in self._claims):
             return
         claim = self._claims.get(id)
         if claim is None or claim.chapter != self.chapter:

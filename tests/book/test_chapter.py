@@ -122,3 +122,21 @@ def test_a_notebook_opened_alone_records_without_the_ledger(shown: Shown) -> Non
     one.record("anything", 0.5)
     one.say("{anything:plain} {anything:paper}")
     assert shown[-1]["text/markdown"] == "0.500 (in the ledger)"
+
+
+def test_a_suite_without_expectations_runs_through(shown: Shown) -> None:
+    chapter = book.start("99", suite="gpt2-small", seed=0)
+    chapter.record("mini-fvu", 0.9)
+    chapter.record("mini-fvu-width-768", 0.8)
+    chapter.record("mini-random", float("nan"))
+    recorded = [data[RECORD_MIME]["id"] for data in shown if RECORD_MIME in data]
+    assert recorded == ["mini-fvu", "mini-fvu-width-768"]
+    assert "not recorded on suite gpt2-small" in shown[-1]["text/plain"]
+    written = chapter.text(
+        "It is {mini-fvu:plain}, then {mini-fvu-width-512:plain} and {mini-random}."
+    )
+    assert written == (
+        "It is 0.900, then (not measured on gpt2-small) and (not measured on gpt2-small)."
+    )
+    with pytest.raises(Refusal, match="expected a recorded id"):
+        book.start("99", suite="pydocs", seed=0).text("It is {mini-fvu}.")

@@ -1,0 +1,188 @@
+"""The atlas: one row for every SAE that was surveyed, from the entries in book/results/atlas."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from darkmatter._refusal import Refusal
+from darkmatter.book.notebooks import write_text
+from darkmatter.book.paths import Book
+
+if TYPE_CHECKING:
+    from darkmatter.survey import Survey
+
+FORMAT = "darkmatter-atlas/1"
+_SCORES = (
+    "fvu",
+    "fvu_nonlinear",
+    "r2_vector",
+    "r2_norm",
+    "cost",
+    "recovered_linear",
+    "recovered_nonlinear",
+)
+_HEADINGS = (
+    "SAE",
+    "hook",
+    "d_sae",
+    "L0",
+    "dead",
+    "FVU",
+    "nonlinear FVU",
+    "R2 vector",
+    "R2 norm",
+    "cost, nats",
+    "taken back, linear",
+    "taken back, nonlinear",
+)
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_LARGEST_ENTRY = 4 << 20
+
+
+def entry_of(survey: Survey, name: str) -> dict[str, Any]:
+    """What the atlas keeps of a survey: its settings and its table; no text, no activation.
+
+    Numbers have six digits. Raises Refusal for a name that cannot be a file's.
+    """
+    if not _NAME.fullmatch(name):
+        raise Refusal(
+            f"The entry's name is {name!r}, expected small letters, digits, dots and hyphens, such "
+            "as 'gpt2-small-res-jb'; pass another."
+        )
+    settings, table = survey.settings, cast(Any, survey.table)
+    model = Path(str(settings["model"]["name"]))
+    rows = [
+        {
+            "name": str(sae),
+            "hook": str(row["hook"]),
+            "d_sae": int(row["d_sae"]),
+            "l0": _rounded(row["l0"]),
+            "dead": _rounded(row["dead"]),
+        }
+        | {
+            score: [_rounded(row[score + end]) for end in ("", "_low", "_high")]
+            for score in _SCORES
+            if score in table
+        }
+        for sae, row in table.iterrows()
+    ]
+    return {
+        "format": FORMAT,
+        "name": name,
+        # Of a folder its name, never the path to it.
+        "model": model.name if model.is_absolute() else model.as_posix(),
+        "n_fit": int(table["n_fit"].iloc[0]),
+        "n_test": int(table["n_test"].iloc[0]),
+        "documents": len(survey.test.document.unique()),
+        "context": int(survey.test.tokens.shape[1]),
+        "skip": survey.skip,
+        "seed": int(settings["settings"]["seed"]),
+        "identity": str(settings["identity"]),
+        "versions": settings["versions"],
+        "rows": rows,
+    }
+
+
+def add_entry(book: Book, survey: Survey, name: str) -> Path:
+    """Write an entry into book/results/atlas, in place of one of the same name."""
+    path = _folder(book) / f"{name}.json"
+    entry = entry_of(survey, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(entry, indent=1) + "\n")
+    return path
+
+
+def read_entries(book: Book) -> list[dict[str, Any]]:
+    """All entries by name. Raises Refusal naming the file that is no entry."""
+    return [_read(path) for path in sorted(_folder(book).glob("*.json"))]
+
+
+def atlas_page(entries: Sequence[Mapping[str, Any]], suites: Sequence[Mapping[str, Any]]) -> str:
+    """The page: a table for every entry, then what has a name and was not run."""
+    saes = sum(len(entry["rows"]) for entry in entries)
+    lines = [
+        "# Atlas of surveys",
+        "",
+        f"{saes} SAEs in {len(entries)} surveys, one row each, with 95 % intervals over documents. "
+        "How to read a row: chapter [18](18_your_model_your_sae). FVU is pooled, about the mean, "
+        "on held-out documents.",
+        "",
+    ]
+    for entry in entries:
+        lines += [
+            f"## {entry['name']}",
+            "",
+            f"Model `{entry['model']}`; {entry['n_fit']:,} fit and {entry['n_test']:,} test tokens "
+            f"of {entry['documents']} test documents; contexts of {entry['context']} tokens, the "
+            f"first {entry['skip']} left out; seed {entry['seed']}; identity "
+            f"`{entry['identity'][:12]}`.",
+            "",
+            _row(*_HEADINGS),
+            _row(*("---" for _ in _HEADINGS)),
+        ]
+        lines += [_line(row) for row in entry["rows"]]
+        lines.append("")
+    run = {entry["name"] for entry in entries}
+    waiting = [suite for suite in suites if suite["name"] not in run]
+    if waiting:
+        lines += ["## Not run yet", "", "These suites have a name and no survey here:", ""]
+        lines += [f"- `{one['name']}`: {one['source']}; {one['saes']} SAEs" for one in waiting]
+        lines.append("")
+    lines += [
+        "## Send yours",
+        "",
+        "1. `darkmatter survey --model … --sae … --text … --out my-survey`",
+        "2. `python -m darkmatter.book atlas my-survey --name my-sae` writes "
+        "`book/results/atlas/my-sae.json`: the table and the settings, no text and no activation.",
+        "3. Open a pull request with that file. The page is made from it.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _folder(book: Book) -> Path:
+    return book.source / "results" / "atlas"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    problem = f"{path.name} is no entry of the atlas"
+    if path.stat().st_size > _LARGEST_ENTRY:
+        raise Refusal(f"{problem}: it is larger than {_LARGEST_ENTRY} bytes; write it again.")
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        if entry["format"] != FORMAT or entry["name"] != path.stem:
+            raise ValueError(f"format {entry['format']!r}, name {entry['name']!r}")
+        # Whatever the page needs is there.
+        atlas_page([entry], [])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise Refusal(
+            f"{problem} ({error}); write it with python -m darkmatter.book atlas."
+        ) from error
+    return entry
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    scores = (_written(row.get(score)) for score in _SCORES)
+    dead = f"{row['dead']:.0%}"
+    return _row(f"`{row['name']}`", f"`{row['hook']}`", f"{row['d_sae']:,}", f"{row['l0']:.1f}",
+                dead, *scores)  # fmt: skip
+
+
+def _written(score: Sequence[float | None] | None) -> str:
+    if score is None or score[0] is None:
+        return "not run"
+    value, low, high = (math.nan if part is None else float(part) for part in score)
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _rounded(value: Any) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

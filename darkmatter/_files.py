@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -42,3 +46,21 @@ def verify_safetensors(path: str | Path) -> None:
             f"{path} is not a whole safetensors file ({error}); restore the file (check it out or "
             "download it again)."
         ) from error
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
+    """A name to write to, which becomes `path` at once when the block ends, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -85,15 +86,16 @@ class Tokens:
 class Batch:
     """Activations of n tokens, in the order of the text.
 
-    x [n, d] at the first hook and `others` by hook name; token (id), position (in its context) and
-    document (index into `Tokens.names`) of every row; loss: the cross entropy in nats of predicting
-    the next token at that position.
+    x [n, d] at the first hook and `others` by hook name; token (id), position (in its context),
+    document (index into `Tokens.names`) and context (row of `Tokens.tokens`) of every row; loss:
+    the cross entropy in nats of predicting the next token at that position.
     """
 
     x: Float[Tensor, "n d"]
     token: Int64[Tensor, " n"]
     position: Int64[Tensor, " n"]
     document: Int64[Tensor, " n"]
+    context: Int64[Tensor, " n"]
     loss: Float[Tensor, " n"]
     others: dict[str, Float[Tensor, "n _"]] = field(default_factory=dict[str, Tensor])
 
@@ -108,13 +110,16 @@ def stream(
     skip: int = 32,
     special: Sequence[int] = (0,),
     batch_contexts: int = 16,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[Batch]:
     """Activations of every token that counts, in order, from one forward per batch of contexts.
 
     Left out: the first `skip` positions of a context, its last position (it has no next token, so
     no loss), and positions whose own token is `special`. Several hooks are read in the same
     forward; the first is `Batch.x`, the others are in `Batch.others`. Tensors are on the model's
-    device.
+    device. Only the contexts from `start` to before `stop` are read. A batch for which the device
+    has no memory is run in halves, as are those that follow, which a RuntimeWarning says.
 
     Raises Refusal at once for an unknown hook, tokens outside the vocabulary (naming document and
     position), contexts longer than the model's, or a mask that leaves nothing; and while running
@@ -155,18 +160,20 @@ def stream(
             f"No token is left: of {tokens.n_tokens}, all are special {list(special)} or among the "
             f"first {skip} positions; pass more text or mask less."
         )
-    return _batches(model, hooks, tokens, counts, batch_contexts)
+    stop = tokens.n_contexts if stop is None else min(stop, tokens.n_contexts)
+    parts = [slice(i, min(i + batch_contexts, stop)) for i in range(start, stop, batch_contexts)]
+    return _batches(model, hooks, tokens, counts, parts)
 
 
 def _batches(
-    model: Model, hooks: tuple[str, ...], tokens: Tokens, counts: Tensor, batch_contexts: int
+    model: Model, hooks: tuple[str, ...], tokens: Tokens, counts: Tensor, parts: Sequence[slice]
 ) -> Iterator[Batch]:
-    for start in range(0, tokens.n_contexts, batch_contexts):
-        part = slice(start, start + batch_contexts)
+    read = _Reader(model, hooks)
+    for part in parts:
         context, position = counts[part].nonzero(as_tuple=True)
         if len(context) == 0:
             continue
-        activations, loss = model.read(tokens.tokens[part], hooks)
+        activations, loss = read(tokens.tokens[part])
         rows = context.to(loss.device), position.to(loss.device)
         taken = {hook: activations[hook][rows] for hook in hooks}
         document = tokens.document[part][context]
@@ -177,7 +184,7 @@ def _batches(
                 row = int(bad[0])
                 raise Refusal(
                     f"{what} is NaN or infinite at position {int(position[row])} of context "
-                    f"{start + int(context[row])} (document "
+                    f"{part.start + int(context[row])} (document "
                     f"{tokens.names[int(document[row])]!r}), {len(bad)} of {len(context)} tokens "
                     f"of its batch; open {model.name} in float32 or leave the document out."
                 )
@@ -186,9 +193,45 @@ def _batches(
             token=tokens.tokens[part][context, position].to(loss.device),
             position=rows[1],
             document=document.to(loss.device),
+            context=(part.start + context).to(loss.device),
             loss=token_loss,
             others=taken,
         )
+
+
+class _Reader:
+    """`model.read` at a few hooks, of as many contexts at a time as the device has memory for."""
+
+    def __init__(self, model: Model, hooks: tuple[str, ...]) -> None:
+        self.model, self.hooks = model, hooks
+        self.most: int | None = None
+
+    def __call__(self, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        while True:
+            size = min(self.most or len(tokens), len(tokens))
+            try:
+                found = [self.model.read(part, self.hooks) for part in tokens.split(size)]
+            except torch.OutOfMemoryError:
+                self.most = size // 2
+            else:
+                break
+            # Not in the handler, where the error would keep what did not fit.
+            if self.most == 0:
+                raise Refusal(
+                    f"{self.model.device} has no memory for one context of {tokens.shape[1]} tokens"
+                    f" of {self.model.name}; read shorter contexts, or open it in half precision "
+                    "or on another device."
+                )
+            warnings.warn(
+                f"{self.model.device} has no memory for {size} contexts at a time; it goes on with "
+                f"{self.most}.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        if len(found) == 1:
+            return found[0]
+        activations = {hook: torch.cat([part[hook] for part, _ in found]) for hook in self.hooks}
+        return activations, torch.cat([loss for _, loss in found])
 
 
 def collect(batches: Iterable[Batch]) -> Batch:
@@ -204,6 +247,7 @@ def collect(batches: Iterable[Batch]) -> Batch:
         token=torch.cat([batch.token for batch in every]),
         position=torch.cat([batch.position for batch in every]),
         document=torch.cat([batch.document for batch in every]),
+        context=torch.cat([batch.context for batch in every]),
         loss=torch.cat([batch.loss for batch in every]),
         others={hook: torch.cat([batch.others[hook] for batch in every]) for hook in hooks},
     )

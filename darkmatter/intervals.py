@@ -14,19 +14,19 @@ Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
 from darkmatter._refusal import Refusal
 from darkmatter.leastsquares import Average, finite_rows, paired_rows
 
-# Resamples drawn at a time hold about this many drawn documents (32 MB of indices).
-_DRAWS_AT_A_TIME = 4_000_000
+# Resamples drawn at a time hold about this many drawn documents (2 MB of indices).
+_DRAWS_AT_A_TIME = 250_000
 
 
 class Interval(NamedTuple):
@@ -80,27 +80,67 @@ def bootstrap(
             "1000 and 0.95 are usual."
         )
     sums = finite_rows("sums", sums).cpu().to(torch.float64)
-    documents = len(sums)
-    generator = np.random.default_rng(seed)
-    totals: list[Tensor] = [sums.sum(0, keepdim=True)]
-    at_a_time = max(1, _DRAWS_AT_A_TIME // documents)
-    for start in range(0, n, at_a_time):
-        b = min(at_a_time, n - start)
-        drawn = generator.integers(documents, size=(b, documents))
-        # Offset by resample, so that one bincount counts every resample apart.
-        drawn += documents * np.arange(b)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=b * documents).reshape(b, documents)
-        totals.append(torch.from_numpy(weights).to(torch.float64) @ sums)
-    values = statistic(torch.cat(totals))
-    if values.shape != (n + 1,) or not values.isfinite().all():
-        raise Refusal(
-            f"the statistic gave {list(values.shape)} values of which "
-            f"{int(values.isfinite().logical_not().sum())} are not finite, expected [{n + 1}] "
-            "finite ones; make it work on rows of totals, all of which need some variance."
-        )
-    tail = (1 - level) / 2
-    low, high = values[1:].quantile(torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
-    return Interval(float(values[0]), low, high)
+    resamples = Resamples(len(sums), n, seed)
+    return resamples.interval(statistic, resamples.totals([(slice(None), sums)]), level)
+
+
+class Resamples:
+    """The n draws of `bootstrap`, for sums that come in blocks of documents.
+
+        resamples = Resamples(documents, n, seed)
+        resamples.interval(statistic, resamples.totals([(rows, sums), ...]))
+
+    Each block is sums [b, k] of the documents `rows` (indices from 0, or a slice); a document may
+    be in several, as sums add. One byte for each draw and document is held.
+    """
+
+    def __init__(self, documents: int, n: int = 1000, seed: int = 0) -> None:
+        self.n, self.documents = n, documents
+        # How often each was drawn; 255 times has a probability below 1e-500.
+        self.weights = torch.empty(n, documents, dtype=torch.uint8)
+        generator = np.random.default_rng(seed)
+        at_a_time = max(1, _DRAWS_AT_A_TIME // documents)
+        for start in range(0, n, at_a_time):
+            b = min(at_a_time, n - start)
+            drawn = generator.integers(documents, size=(b, documents))
+            # Offset by resample, so that one bincount counts every resample apart.
+            drawn += documents * np.arange(b)[:, None]
+            counts = np.bincount(drawn.ravel(), minlength=b * documents).reshape(b, documents)
+            self.weights[start : start + b] = torch.from_numpy(counts)
+
+    def totals(
+        self, blocks: Iterable[tuple[Int64[Tensor, " b"] | slice, Float[Tensor, "b k"]]]
+    ) -> Float64[Tensor, "n_plus_1 k"]:
+        """Totals of all documents as they are, then of every resample."""
+        whole: Tensor | None = None
+        for rows, sums in blocks:
+            sums = sums.cpu().to(torch.float64)
+            drawn = self.weights[:, rows].to(torch.float64) @ sums
+            found = torch.cat([sums.sum(0, keepdim=True), drawn])
+            whole = found if whole is None else whole.add_(found)
+        if whole is None:
+            raise Refusal("There are no sums of documents, expected at least one block of them.")
+        return whole
+
+    def interval(
+        self,
+        statistic: Callable[[Float64[Tensor, "b k"]], Float64[Tensor, "b"]],
+        totals: Float64[Tensor, "n_plus_1 k"],
+        level: float = 0.95,
+    ) -> Interval:
+        """The statistic of the documents as they are, and its percentiles over resamples."""
+        values = statistic(totals)
+        if values.shape != (self.n + 1,) or not values.isfinite().all():
+            raise Refusal(
+                f"the statistic gave {list(values.shape)} values of which "
+                f"{int(values.isfinite().logical_not().sum())} are not finite, expected "
+                f"[{self.n + 1}] finite ones; make it work on rows of totals, all of which need "
+                "some variance."
+            )
+        tail = (1 - level) / 2
+        tails = torch.tensor([tail, 1 - tail], dtype=values.dtype)
+        low, high = values[1:].quantile(tails).tolist()
+        return Interval(float(values[0]), low, high)
 
 
 def fvu_columns(

@@ -21,11 +21,9 @@ Sources: Engels, Smith and Tegmark, "Decomposing the Dark Matter of Sparse Autoe
 from __future__ import annotations
 
 import os
-import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -34,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from darkmatter._files import replacing
 from darkmatter._refusal import Refusal
 
 Average = Literal["dims", "pooled"]
@@ -46,7 +45,8 @@ _CONSTANT = 1e-13
 _SMALLEST_PIVOT = 1e-10
 # The last always succeeds: with ridge 1 every pivot is at least 1 / (d_in + 1).
 _RIDGES = tuple(10.0**power for power in range(-12, 1))
-_FORMAT, _VERSION = "darkmatter.LinearStatistics", "1"
+# One entry of metadata: the order of several in a safetensors file is left to chance.
+_FORMAT = "darkmatter.LinearStatistics/1"
 
 
 class RidgeUsedWarning(UserWarning):
@@ -267,17 +267,32 @@ class LinearStatistics:
                 f"{self!r} has no rows to score a map on, expected some; call partial_fit first."
             )
 
+    def to(self, device: torch.device | str) -> LinearStatistics:
+        """Move the moments, to add rows that are there.  Returns self."""
+        self._move(torch.device(device))
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything held, by name: the five moments and n."""
+        found = {name: getattr(self, name).contiguous() for name in self._shapes()}
+        return {**found, "n": torch.tensor(self.n)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LinearStatistics:
+        """What `tensors` gave.  Raises KeyError or RuntimeError for anything else."""
+        statistics = cls(*tensors["sxy"].shape)
+        statistics.n = int(tensors["n"])
+        for name, shape in statistics._shapes().items():
+            tensor = tensors[name]
+            if tensor.shape != shape or tensor.dtype != torch.float64:
+                raise RuntimeError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
+            setattr(statistics, name, tensor)
+        return statistics
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file; an existing file is replaced at once or not at all."""
-        path = Path(path)
-        tensors = {name: getattr(self, name).contiguous() for name in self._shapes()}
-        tensors["n"] = torch.tensor(self.n)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            save_file(tensors, temporary, metadata={"format": _FORMAT, "version": _VERSION})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            save_file(self.tensors(), temporary, metadata={"format": _FORMAT})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LinearStatistics:
@@ -302,20 +317,12 @@ class LinearStatistics:
                 }
         except (SafetensorError, OSError) as error:
             raise refusal(str(error)) from error
-        found = (metadata.get("format"), metadata.get("version"))
-        if found != (_FORMAT, _VERSION):
-            raise refusal(f"format and version are {found}, expected {(_FORMAT, _VERSION)}")
+        if metadata.get("format") != _FORMAT:
+            raise refusal(f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
         try:
-            statistics = cls(*tensors["sxy"].shape)
-            statistics.n = int(tensors["n"])
-            for name, shape in statistics._shapes().items():
-                tensor = tensors[name]
-                if tensor.shape != shape or tensor.dtype != torch.float64:
-                    raise refusal(f"{name} is {tensor.dtype} {list(tensor.shape)}")
-                setattr(statistics, name, tensor)
+            return cls.from_tensors(tensors)
         except (KeyError, TypeError, RuntimeError) as error:
-            raise refusal(f"tensors found: {sorted(tensors)}") from error
-        return statistics
+            raise refusal(f"{error}; tensors found: {sorted(tensors)}") from error
 
     def _shapes(self) -> dict[str, torch.Size]:
         names = ("mean_x", "mean_y", "sxx", "sxy", "syy")

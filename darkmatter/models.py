@@ -103,6 +103,11 @@ class Model(ABC):
             f"n_layer={self.n_layer}, n_context={self.n_context}, vocabulary={self.vocabulary})"
         )
 
+    @property
+    def network(self) -> Any:
+        """The transformers model, as its backend holds it."""
+        return self._network
+
     @cached_property
     def tokenizer(self) -> Any:
         """The model's own tokenizer (transformers). It adds no tokens: pass ids everywhere."""
@@ -663,17 +668,22 @@ def open_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     check: bool = True,
+    revision: str | None = None,
+    centred: bool = False,
 ) -> Model:
     """Open a causal language model from a Hugging Face folder or a hub name.
 
-    Weights are read from safetensors only and converted to `dtype`. A hub name that is cached is
-    opened without the network. With `check`, hidden states of every block and log-probabilities
-    are compared with plain transformers' on one fixed batch (random ids, seed 0), and the parts of
-    every block with their sum.
+    Weights are read from safetensors only and converted to `dtype`. A hub name (at `revision`, a
+    commit, tag or branch) that is cached is opened without the network. With `centred`, whatever
+    writes to the residual stream loses its mean over d_model, as transformer-lens does by default:
+    x - mean(x) stands where x stood, for SAEs trained so, and the logits stay. With `check`, hidden
+    states of every block and log-probabilities are compared with plain transformers' on one fixed
+    batch (random ids, seed 0), and the parts of every block with their sum.
 
     Raises Refusal for an unknown backend, a device that is not there, a missing folder, config,
-    weight or tokenizer, a name that is not cached when the hub does not answer (within 5 s), and
-    BackendDisagreement, naming hook and size, when the check fails.
+    weight or tokenizer, a name that is not cached when the hub does not answer or does not give it
+    (within 5 s), a model that cannot be centred, and BackendDisagreement, naming hook and size,
+    when the check fails.
     """
     if backend not in _BACKENDS:
         raise Refusal(f"There is no backend {backend!r}; choose one of {', '.join(_BACKENDS)}.")
@@ -682,9 +692,11 @@ def open_model(
         raise Refusal(f"dtype is {dtype}, expected one of {known}.")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise Refusal(f"The device is {device!r}, but no GPU is there; pass device='cpu'.")
-    folder = locate(name_or_path)
+    folder = locate(name_or_path, revision)
     name = os.fspath(name_or_path)
     network = load_transformers(folder, device, dtype)
+    if centred:
+        centre_writing_weights(network)
     # Before the backend gets hold of the network, since it wraps and may change its modules.
     reference = _reference(network) if check else None
     kind = _BridgeModel if backend == "bridge" else _NnsightModel
@@ -719,6 +731,31 @@ def load_transformers(folder: Path, device: str, dtype: torch.dtype) -> Any:
             f"are not those of a {type(network).__name__}: check config.json against them."
         )
     return network.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def centre_writing_weights(network: Any) -> None:
+    """Take the mean over d_model off all that a GPT-2 writes to its residual stream, in place.
+
+    Its LayerNorms take it off anyway, so nothing that is read from the stream changes. The
+    unembedding, which is no writer, is no longer the embedding. Raises Refusal for a model of
+    another layout, since RMS norms do not take the mean off.
+    """
+    stream = getattr(network, "transformer", None)
+    if not all(hasattr(stream, part) for part in ("wte", "wpe", "h", "ln_f")):
+        raise Refusal(
+            f"A {type(network).__name__} cannot be centred, expected GPT-2's layout with its "
+            "LayerNorms; open it with centred=False."
+        )
+    assert stream is not None
+    network.config.tie_word_embeddings = False
+    network.lm_head.weight = nn.Parameter(network.lm_head.weight.clone(), requires_grad=False)
+    written = [stream.wte.weight, stream.wpe.weight]
+    for block in stream.h:
+        for part in (block.attn.c_proj, block.mlp.c_proj):
+            written += [part.weight, part.bias]
+    for weight in written:
+        weight -= weight.mean(-1, keepdim=True)
 
 
 def _blocks_of(network: Any) -> list[nn.Module] | None:

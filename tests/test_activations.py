@@ -87,6 +87,36 @@ def test_one_forward_serves_all_hooks(
     assert calls == [4, 2]
 
 
+def test_batches_that_do_not_fit_are_halved(
+    tiny_model: Model, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = collect(stream(tiny_model, [HOOK, "blocks.0.hook_mlp_out"], tokens, skip=2))
+    read, calls, room = tiny_model.read, list[int](), 2
+
+    def crowded(ids: Tensor, hooks: Any) -> Any:
+        calls.append(len(ids))
+        if len(ids) > room:
+            raise torch.OutOfMemoryError
+        return read(ids, hooks)
+
+    monkeypatch.setattr(tiny_model, "read", crowded)
+    with pytest.warns(RuntimeWarning, match="no memory for 5 contexts at a time.* goes on with 2"):
+        halved = collect(
+            stream(tiny_model, [HOOK, "blocks.0.hook_mlp_out"], tokens, 2, batch_contexts=5)
+        )
+    # What did not fit is tried once, and not again for the next batch.
+    assert calls == [5, 2, 2, 1, 1]
+    # Batches of other sizes multiply in another order.
+    torch.testing.assert_close(halved.x, whole.x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(halved.loss, whole.loss, rtol=1e-5, atol=1e-5)
+    for hook, x in whole.others.items():
+        torch.testing.assert_close(halved.others[hook], x, rtol=1e-5, atol=1e-5)
+    room = 0
+    batches = stream(tiny_model, HOOK, tokens, skip=2, batch_contexts=1)
+    with pytest.raises(Refusal, match="cpu has no memory for one context of 32 tokens"):
+        next(batches)
+
+
 def test_contexts_that_are_masked_whole_are_left_out(tiny_model: Model) -> None:
     ids = torch.zeros(3, 8, dtype=torch.int64)
     ids[1, 5] = 7
@@ -185,3 +215,16 @@ def test_collect_refuses_nothing_and_mixtures(tiny_model: Model, tokens: Tokens)
     two = list(stream(tiny_model, [HOOK, "blocks.0.hook_mlp_out"], tokens, skip=5))
     with pytest.raises(Refusal, match="different hooks"):
         collect(one + two)
+
+
+def test_some_contexts_are_those_of_all(tiny_model: Model, tokens: Tokens) -> None:
+    whole = collect(stream(tiny_model, HOOK, tokens, skip=5, batch_contexts=2))
+    assert whole.context.unique().tolist() == list(range(tokens.n_contexts))
+    assert torch.equal(tokens.document[whole.context], whole.document)
+    assert torch.equal(tokens.tokens[whole.context, whole.position], whole.token)
+    some = collect(stream(tiny_model, HOOK, tokens, skip=5, batch_contexts=2, start=2, stop=5))
+    rows = (whole.context >= 2) & (whole.context < 4)
+    # Batches of the same contexts: the same bits. The third is cut short.
+    assert torch.equal(some.x[: int(rows.sum())], whole.x[rows])
+    assert some.context.unique().tolist() == [2, 3, 4]
+    assert not list(stream(tiny_model, HOOK, tokens, skip=5, start=6))

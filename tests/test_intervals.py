@@ -15,6 +15,7 @@ from torch import Tensor
 from darkmatter import intervals
 from darkmatter.intervals import (
     Interval,
+    Resamples,
     bootstrap,
     document_sums,
     fvu_columns,
@@ -162,3 +163,32 @@ class TestBootstrap:
         x = y[:, 1:]
         with refused("are not finite"):
             bootstrap(fvu_from_totals, document_sums(fvu_columns(x, x + 1), document))
+
+
+class TestResamples:
+    def test_blocks_of_documents_are_the_bootstrap_of_all(self) -> None:
+        x = normal(3, 90, 4)
+        document = torch.arange(90) // 6
+        columns = fvu_columns(x, x + 0.3)
+        expected = bootstrap(fvu_from_totals, document_sums(columns, document), n=200, seed=5)
+        resamples = Resamples(15, 200, seed=5)
+        # Blocks that cut the eighth document in two, the last block first.
+        blocks = [
+            (document[rows].unique(), document_sums(columns[rows], document[rows]))
+            for rows in (slice(45, 90), slice(0, 45))
+        ]
+        found = resamples.interval(fvu_from_totals, resamples.totals(blocks))
+        # Sums of 15 numbers in float64, in another order.
+        assert found == pytest.approx(expected, rel=1e-13)
+
+    def test_draws_do_not_depend_on_how_many_are_made_at_a_time(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        weights = Resamples(13, 60, seed=2).weights
+        assert weights.sum(1).tolist() == [13] * 60
+        monkeypatch.setattr(intervals, "_DRAWS_AT_A_TIME", 40)
+        assert torch.equal(Resamples(13, 60, seed=2).weights, weights)
+
+    def test_no_blocks_are_refused(self) -> None:
+        with refused("There are no sums of documents"):
+            Resamples(3, 5).totals([])

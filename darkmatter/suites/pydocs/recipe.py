@@ -424,7 +424,7 @@ def package(recipe: SuiteRecipe, work: Path, out: Path, log: Log) -> None:
         "documents": len(documents),
     }
     saes = dict(suite.saes)
-    found = survey(suite.model, saes, fit, test, skip=recipe.skip, resamples=200)
+    found = survey(suite.model, saes, fit, test, skip=recipe.skip, resamples=200, downstream=False)
     dead = dead_shares(recipe, work, saes, suite.model, log)
     for entry in manifest["saes"]:
         row = found.table.loc[entry["name"]]

@@ -1,0 +1,105 @@
+"""The folder of a survey: held by one run at a time, never overwritten unasked."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from darkmatter._refusal import Refusal
+from darkmatter.passes import Work
+from darkmatter.plans import pieces_of
+from darkmatter.shards import differences, locked, read_json, write_json, write_tokens
+
+# Everything that a survey writes into its folder, and nothing else is ever removed from there.
+_OWN = (
+    "survey.json",
+    "table.parquet",
+    "table.csv",
+    "per_token",
+    "statistics",
+    "maps",
+    "tokens.safetensors",
+    "pieces.json",
+    "figures",
+    "report.html",
+    "shards",
+    "state",
+)
+
+
+def compare(folder: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    told = differences(ours, theirs)
+    if told:
+        raise Refusal(
+            f"{folder} was begun with other inputs, expected the same to go on; what differs: "
+            f"{'; '.join(told)}; pass the same, or another folder."
+        )
+
+
+@contextmanager
+def entered(
+    folder: Path,
+    description: Mapping[str, Any] | None,
+    resume: bool,
+    force: bool,
+    processes: int = 1,
+) -> Generator[bool, None, None]:
+    """Hold a folder to write a survey into; whether there is a finished one to go on with."""
+    if folder.exists() and not folder.is_dir():
+        raise Refusal(f"{folder} is a file, expected a folder or a new name; pass another.")
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
+    if there - {"lock"} and not (resume or force):
+        raise Refusal(
+            f"{folder} is not empty, expected a new folder; pass resume=True to go on with the "
+            "survey in it, force=True to replace it, or another folder."
+        )
+    if there - {"lock"} and not there & {"survey.json", "state", "shards"}:
+        raise Refusal(f"{folder} holds no survey but other things; pass another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock"):
+        for path in folder.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        if force:
+            # What tells that this is a survey goes last.
+            (folder / "state").mkdir(exist_ok=True)
+            for name in _OWN:
+                path = folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        finished = (folder / "survey.json").exists()
+        begun = folder / ("survey.json" if finished else "state/description.json")
+        if description is not None and begun.exists():
+            compare(folder, description, read_json(begun))
+        others = {
+            path.name
+            for path in (folder / "state").glob("fit-*-of-*")
+            if not path.stem.endswith(f"-of-{processes:04d}")
+        }
+        if others and not finished:
+            raise Refusal(
+                f"{folder} was begun by another number of processes than {processes} (there is "
+                f"{min(others)}); start as many, or pass force=True."
+            )
+        if finished:
+            # Killed between its last file and cleaning up.
+            shutil.rmtree(folder / "state", ignore_errors=True)
+        yield finished
+
+
+def file_of(kind: str, name: str, suffix: str) -> str:
+    """The file of an SAE or a hook, whose name may have any characters."""
+    return f"{kind}/{quote(name, safe=' =+,@')}.{suffix}"
+
+
+def begin(base: Path, work: Work, description: dict[str, Any]) -> None:
+    """What a resumed run and `merge` need to know, the description last."""
+    base.mkdir(parents=True, exist_ok=True)
+    if (base / "description.json").exists():
+        return
+    write_tokens(base / "tokens.safetensors", work.fit, work.test)
+    pieces = pieces_of(work.model, work.test)
+    write_json(base / "pieces.json", {str(token): piece for token, piece in pieces.items()})
+    write_json(base / "description.json", description)

@@ -1,8 +1,8 @@
 """A suite is a model, held-out tokens and the SAEs to study, under one name.
 
 `pydocs` is embedded: its files lie beside this one and nothing is downloaded. Others name a model
-and a release of SAEs on the hub and are fetched when first used; their tokens are the held-out
-text of `pydocs` in the model's own tokens.
+and releases of SAEs on the hub, of which each is fetched when it is first used; their tokens are
+the held-out text of `pydocs` in the model's own tokens, or the data set of the paper.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import torch
 from safetensors.torch import load_file
 
 from darkmatter._files import verify_sha256
-from darkmatter._hub import is_cached, require_cached_or_hub
+from darkmatter._hub import cached_revision, is_cached
 from darkmatter._refusal import Refusal
 from darkmatter.activations import Tokens
 from darkmatter.autoencoders import check_fits, load_autoencoder
-from darkmatter.models import Backend, Model, open_model
+from darkmatter.models import Backend, Model, load_tokenizer, open_model
+from darkmatter.suites.catalogue import DOWNLOADABLE, HubEntry, grid, listing
+from darkmatter.suites.processing import on_raw_activations
+from darkmatter.suites.releases import is_here, open_release
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,37 +35,17 @@ if TYPE_CHECKING:
 FORMAT = "darkmatter-suite/1"
 EMBEDDED = {"pydocs": Path(__file__).parent / "pydocs" / "data"}
 SPLITS = ("fit", "test")
-
-
-@dataclass(frozen=True)
-class HubEntry:
-    """A suite that is downloaded: only SAEs trained on activations as transformers gives them."""
-
-    model: str
-    repository: str
-    """Where the SAEs are; `release` and `saes` are sae-lens' names of them."""
-    release: str
-    saes: tuple[str, ...]
-    hook: str
-    skip: int
-    mebibytes: int
-
-
-DOWNLOADABLE = {
-    "pythia-70m": HubEntry(
-        model="EleutherAI/pythia-70m-deduped",
-        repository="ctigges/pythia-70m-deduped__res-sm_processed",
-        release="pythia-70m-deduped-res-sm",
-        saes=tuple(f"blocks.{block}.hook_resid_post" for block in range(6)),
-        hook="blocks.3.hook_resid_post",
-        skip=32,
-        mebibytes=1100,
-    ),
-}
+# Documents of the embedded text are short; longer contexts would leave few of them.
+_OFFLINE_CONTEXT, _OFFLINE_SKIP = 256, 32
+# The paper: 300 contexts of the data set shuffled with seed 42, 60 % of the tokens to fit.
+_OWN_CONTEXTS, _DATASET_SEED, _FIT_SHARE = 300, 42, 0.6
 
 
 class Autoencoders(Mapping[str, Any]):
-    """The SAEs of a suite by name, read from disk and verified when first asked for."""
+    """The SAEs of a suite by name, read from disk and verified when first asked for.
+
+    Those of more than 1 GiB are not kept, so that a loop over them holds one at a time.
+    """
 
     def __init__(self, suite: Suite):
         self._suite = suite
@@ -83,11 +66,13 @@ class Autoencoders(Mapping[str, Any]):
                 f"expected the name of an SAE of suite {self._suite.name!r}, got {name!r}; "
                 f"choose one of {', '.join(self)}"
             )
-        if name not in self._opened:
-            sae = self._suite.read_sae(name)
-            check_fits(sae, self._suite.model)
+        if name in self._opened:
+            return self._opened[name]
+        sae = self._suite.read_sae(name)
+        check_fits(sae, self._suite.model)
+        if 2 * sae.W_dec.numel() * sae.W_dec.element_size() <= 2**30:
             self._opened[name] = sae
-        return self._opened[name]
+        return sae
 
 
 @dataclass(frozen=True)
@@ -97,6 +82,9 @@ class Suite:
     name: str
     path: Path
     manifest: dict[str, Any]
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    """Of the model; SAEs compute in float32."""
 
     @cached_property
     def model(self) -> Model:
@@ -106,12 +94,12 @@ class Suite:
     def open_model(self, backend: Backend = "bridge") -> Model:
         """The model through another backend, see `darkmatter.open_model`."""
         self.verify("model/")
-        return open_model(self.path / "model", backend=backend)
+        return open_model(self.path / "model", backend, self.device, self.dtype)
 
     def read_sae(self, name: str) -> SAE[Any]:
         """One SAE from its folder, verified; `saes` keeps those that were read."""
         self.verify(f"saes/{name}/")
-        return load_autoencoder(self.path / "saes" / name)
+        return load_autoencoder(self.path / "saes" / name, self.device)
 
     @cached_property
     def saes(self) -> Autoencoders:
@@ -136,12 +124,11 @@ class Suite:
         return pd.DataFrame(self.manifest["saes"])
 
     def grid(self, kind: str) -> list[str]:
-        """Names of the SAEs at the middle hook, by rising "width" (L0 8) or by rising "l0" (2048).
+        """Names of the SAEs at `hook`: by rising "width" at one L0, or by rising "l0" at one width.
 
         Raises Refusal for another kind.
         """
-        if kind not in ("width", "l0"):
-            raise Refusal(f"expected kind 'width' or 'l0', got {kind!r}; choose one of the two")
+        _check_kind(kind)
         held, rising = ("aim_l0", "d_sae") if kind == "width" else ("d_sae", "aim_l0")
         rows = [s for s in self.manifest["saes"] if s["hook"] == self.hook]
         common = max({r[held] for r in rows}, key=lambda v: sum(r[held] == v for r in rows))
@@ -166,8 +153,7 @@ class Suite:
 
         Raises Refusal for another split.
         """
-        if split not in SPLITS:
-            raise Refusal(f"expected split 'fit' or 'test', got {split!r}; choose one of the two")
+        _check_split(split)
         stored = self._stored
         parts = [
             Tokens(
@@ -195,30 +181,80 @@ class Suite:
                 verify_sha256(self.path / file, digest)
 
 
+@dataclass(frozen=True)
 class HubSuite(Suite):
-    """A suite whose model and SAEs come from the hub (or its local cache)."""
+    """A suite whose model and SAEs come from the hub (or its local cache).
+
+    SAEs are presented as autoencoders of the activations that `model` has, see
+    `darkmatter.suites.processing`.
+    """
+
+    text: str = "pydocs"
+    """Which text `tokens` gives: that of the embedded suite, or "own", the entry's data set."""
 
     @property
     def entry(self) -> HubEntry:
+        """Where everything comes from, its size, licence and settings."""
         return DOWNLOADABLE[self.name]
 
     def open_model(self, backend: Backend = "bridge") -> Model:
         """The model, downloaded once. Raises Refusal naming the repository when it cannot be."""
-        return open_model(self.entry.model, backend=backend)
+        entry = self.entry
+        return open_model(entry.model, backend, self.device, self.dtype, revision=entry.revision)
 
     def read_sae(self, name: str) -> SAE[Any]:
-        """One SAE of the release, downloaded once."""
-        from sae_lens import SAE
+        """One SAE of its release, downloaded once, on the activations of `model`."""
+        (row,) = (row for row in listing(self.entry) if row["name"] == name)
+        sae = open_release(row["release"], row["id"], self.device)
+        return on_raw_activations(sae)
 
-        require_cached_or_hub(self.entry.repository, "SAEs")
-        return SAE.from_pretrained(self.entry.release, name, device="cpu").eval()
+    @property
+    def skip(self) -> int:
+        """Positions not measured: the paper's for the suite's own text, at most 32 for `pydocs`,
+        whose documents hold no contexts as long as the paper's."""
+        return self.entry.skip if self.text == "own" else min(self.entry.skip, _OFFLINE_SKIP)
+
+    def grid(self, kind: str) -> list[str]:
+        """As of any suite; the width grid is at an L0 near the paper's."""
+        _check_kind(kind)
+        return [row["name"] for row in grid(self.entry, kind)]
+
+    @property
+    def revisions(self) -> dict[str, str]:
+        """Repository -> commit of the model and of every release in the cache."""
+        entry = self.entry
+        asked = {entry.model: entry.revision} | dict.fromkeys(entry.repositories)
+        found = {name: cached_revision(name, revision) for name, revision in asked.items()}
+        return {name: commit for name, commit in found.items() if commit is not None}
+
+    def tokens(self, split: str, seed: int = 0) -> Tokens:
+        """Held-out contexts of "fit" or "test"; no document is in both, for any seed.
+
+        Raises Refusal for another split, and when the suite's own text is asked for and the hub
+        does not answer.
+        """
+        if self.text == "pydocs":
+            return super().tokens(split, seed)
+        _check_split(split)
+        return self._own.split_documents(_FIT_SHARE, seed)[SPLITS.index(split)]
+
+    @cached_property
+    def _own(self) -> Tokens:
+        """The paper's amount of text: the first whole context of each of 300 documents."""
+        from darkmatter.documents import read_dataset, tokenise
+
+        context = min(self.entry.context, self.model.n_context)
+        text = read_dataset(self.entry.text, seed=_DATASET_SEED)
+        return tokenise(
+            self.model, text, context, tokens=_OWN_CONTEXTS * context, bos=True, per_document=1
+        )
 
     @cached_property
     def _stored(self) -> dict[str, torch.Tensor]:
         embedded = load_suite("pydocs")
-        reader: Any = embedded.model.tokenizer
+        reader = load_tokenizer(embedded.path / "model")
         writer: Any = self.model.tokenizer
-        length = min(256, self.model.n_context) - 1
+        length = min(_OFFLINE_CONTEXT, self.model.n_context) - 1
         stored: dict[str, torch.Tensor] = {}
         for split in SPLITS:
             source = embedded.tokens(split)
@@ -236,12 +272,18 @@ class HubSuite(Suite):
 
     @cached_property
     def documents(self) -> tuple[str, ...]:
-        """Names of the held-out documents, those of `pydocs`."""
-        return load_suite("pydocs").documents
+        """Names of the held-out documents, those of `pydocs` or the rows of the data set."""
+        return load_suite("pydocs").documents if self.text == "pydocs" else self._own.names
 
 
 def list_suites() -> list[dict[str, Any]]:
-    """What can be loaded: name, where from, size in MiB, number of SAEs, whether it is here."""
+    """What can be loaded, one row a suite.
+
+    name; source: where from; mebibytes: what is downloaded (model and width grid, about); saes:
+    how many can be asked for; cached: whether model and width grid are here; memory_gib: model and
+    widest SAE of the grid, in float32; licence: where one has to be accepted first, or None; text:
+    the data set of the paper's setting; saes_cached: SAEs in the cache.
+    """
     rows: list[dict[str, Any]] = []
     for name, path in EMBEDDED.items():
         manifest = _read_manifest(name, path)
@@ -253,48 +295,80 @@ def list_suites() -> list[dict[str, Any]]:
                 "mebibytes": round(size / 2**20, 1),
                 "saes": len(manifest["saes"]),
                 "cached": True,
+                # Weights are stored in half precision.
+                "memory_gib": round(2 * size / 2**30, 1),
+                "licence": None,
+                "text": "embedded",
+                "saes_cached": len(manifest["saes"]),
             }
         )
     for name, entry in DOWNLOADABLE.items():
+        every, widths = listing(entry), grid(entry, "width")
+        here = {row["name"] for row in every if is_here(row["release"], row["id"])}
+        size = entry.mebibytes + sum(entry.bytes_of(row) for row in widths) / 2**20
         rows.append(
             {
                 "name": name,
-                "source": f"{entry.model}, {entry.repository}",
-                "mebibytes": float(entry.mebibytes),
-                "saes": len(entry.saes),
-                "cached": is_cached(entry.model) and is_cached(entry.repository),
+                "source": ", ".join((entry.model, *entry.repositories)),
+                "mebibytes": float(round(size)),
+                "saes": len(every),
+                "cached": is_cached(entry.model) and all(row["name"] in here for row in widths),
+                "memory_gib": round(entry.memory_gib(), 1),
+                "licence": entry.licence,
+                "text": entry.text,
+                "saes_cached": len(here),
             }
         )
     return rows
 
 
-def load_suite(name_or_path: str | Path = "pydocs") -> Suite:
+def load_suite(
+    name_or_path: str | Path = "pydocs",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    text: str = "pydocs",
+) -> Suite:
     """Open a suite by name, or a suite folder made by a rebuild.
 
     An embedded suite or folder: reads the manifest; weights are verified and read when first
-    used. A downloadable suite: opens the model, downloading it if it is not cached.
+    used. A downloadable suite: opens the model, downloading it if it is not cached; an SAE is
+    downloaded when it is first asked for. `text`: what its tokens are, the held-out text of the
+    embedded suite or "own", 300 documents of the data set of the paper's setting, from the hub.
 
-    Raises Refusal for an unknown name (listing those that exist), a folder without a manifest,
-    and, within 5 seconds, a downloadable suite without network or cache.
+    Raises Refusal for an unknown name (listing those that exist), a folder without a manifest, and,
+    within 5 seconds, a downloadable suite without network or cache or whose licence was not
+    accepted.
     """
-    text = str(name_or_path)
-    if text in DOWNLOADABLE:
-        entry = DOWNLOADABLE[text]
-        manifest: dict[str, Any] = {"name": text, "hook": entry.hook, "skip": entry.skip}
-        manifest |= {"files": {}, "saes": [{"name": n, "hook": n} for n in entry.saes]}
-        suite = HubSuite(text, Path(), manifest)
+    name = str(name_or_path)
+    if text not in ("pydocs", "own"):
+        raise Refusal(f"expected text 'pydocs' or 'own', got {text!r}; choose one of the two")
+    if name in DOWNLOADABLE:
+        entry = DOWNLOADABLE[name]
+        manifest: dict[str, Any] = {"name": name, "hook": entry.hook, "skip": entry.skip}
+        manifest |= {"files": {}, "saes": [dict(row) for row in listing(entry)]}
+        suite = HubSuite(name, Path(), manifest, device, dtype, text)
         suite.model  # noqa: B018 - refuses now, not in the middle of work
         return suite
-    path = EMBEDDED.get(text)
+    path = EMBEDDED.get(name)
     if path is None:
         path = Path(name_or_path)
         if not (path / "suite.json").exists():
             raise Refusal(
-                f"expected the name of a suite or a suite folder, got {text!r}; "
+                f"expected the name of a suite or a suite folder, got {name!r}; "
                 f"known suites: {', '.join([*EMBEDDED, *DOWNLOADABLE])}"
             )
-    found = _read_manifest(text, path)
-    return Suite(str(found["name"]), path, found)
+    found = _read_manifest(name, path)
+    return Suite(str(found["name"]), path, found, device, dtype)
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in ("width", "l0"):
+        raise Refusal(f"expected kind 'width' or 'l0', got {kind!r}; choose one of the two")
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise Refusal(f"expected split 'fit' or 'test', got {split!r}; choose one of the two")
 
 
 def _read_manifest(name: str, path: Path) -> dict[str, Any]:

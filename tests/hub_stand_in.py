@@ -1,0 +1,378 @@
+"""A stand-in of the Hugging Face hub: a server on this machine, or a cache that is already full.
+
+Repositories hold random weights under real names and in the real formats of every release.
+
+    with HubStandIn() as hub:                       # HF_ENDPOINT=hub.endpoint, HF_HOME=some folder
+        hub.add("openai-community/gpt2", write_gpt2(folder))
+        hub.faults["openai-community/gpt2", "config.json"] = Fault(status=500)
+
+    fill_cache(home)                                # then HF_HOME=home HF_HUB_OFFLINE=1
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from darkmatter.suites.catalogue import DOWNLOADABLE, listing
+from darkmatter.suites.releases import release
+from tests.conftest import write_tokenizer
+
+REVISION = "c0ffee" + "0" * 34
+
+
+@dataclass
+class Fault:
+    """What goes wrong with a file, or with every file of a repository (file "*").
+
+    status, code: answered in place of the file, with X-Error-Code. cut: the connection is closed
+    after so many bytes, the first `times` times that the file is asked for (whence it is resumed).
+    longer: announced Content-Length minus the true one. other: the ETag is the SHA-256 of another
+    file. slow: seconds before anything is answered.
+    """
+
+    status: int = 0
+    code: str = ""
+    cut: int = 0
+    times: int = 10**9
+    longer: int = 0
+    other: bool = False
+    slow: float = 0.0
+
+
+class HubStandIn:
+    """The part of the hub's protocol that downloading needs: HEAD and GET of resolve, and model
+    pages. `requests` lists what was asked: (method, repository, file, Range or "")."""
+
+    def __init__(self) -> None:
+        self.folders: dict[str, Path] = {}
+        self.revisions: dict[str, str] = {}
+        self.faults: dict[tuple[str, str], Fault] = {}
+        self.requests: list[tuple[str, str, str, str]] = []
+        self._digests: dict[Path, str] = {}
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self) -> None:
+                hub.answer(self, "HEAD")
+
+            def do_GET(self) -> None:
+                hub.answer(self, "GET")
+
+            def log_message(self, format: str, *args: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def add(self, repository: str, folder: Path, revision: str = REVISION) -> None:
+        """Serve the files below `folder` as those of a repository."""
+        self.folders[repository], self.revisions[repository] = folder, revision
+
+    def answer(self, asked: BaseHTTPRequestHandler, method: str) -> None:
+        page = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+)?", asked.path)
+        if page is not None and page[1] in self.folders:
+            said = {"id": page[1], "sha": self.revisions[page[1]], "siblings": self._files(page[1])}
+            self._send(asked, method, 200, json.dumps(said).encode(), {})
+            return
+        wanted = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", asked.path)
+        if wanted is None:
+            self._send(asked, method, 404, b"", {})
+            return
+        repository, revision, name = wanted.groups()
+        where = asked.headers.get("Range") or ""
+        self.requests.append((method, repository, name, where))
+        fault = self.faults.get((repository, name)) or self.faults.get((repository, "*")) or Fault()
+        time.sleep(fault.slow)
+        if fault.status:
+            self._send(asked, method, fault.status, b"", {"X-Error-Code": fault.code})
+            return
+        missing = self._missing(repository, revision, name)
+        if missing:
+            self._send(asked, method, 404, b"", {"X-Error-Code": missing})
+            return
+        file = self.folders[repository] / name
+        digest = hashlib.sha256(b"another file").hexdigest() if fault.other else self._digest(file)
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": self.revisions[repository]}
+        if method == "HEAD":
+            length = file.stat().st_size + fault.longer
+            self._send(asked, method, 200, b"", {**headers, "Content-Length": str(length)})
+            return
+        body = file.read_bytes()
+        start = int(where.removeprefix("bytes=").partition("-")[0]) if where else 0
+        if where:
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        rest = body[start:]
+        sent = len(rest)
+        if fault.cut and fault.times > 0:
+            fault.times -= 1
+            sent = fault.cut
+        self._send(asked, method, 206 if where else 200, rest, headers, sent)
+
+    def _digest(self, file: Path) -> str:
+        if file not in self._digests:
+            with file.open("rb") as stream:
+                self._digests[file] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return self._digests[file]
+
+    def _files(self, repository: str) -> list[dict[str, str]]:
+        folder = self.folders[repository]
+        files = (file for file in folder.rglob("*") if file.is_file())
+        return [{"rfilename": file.relative_to(folder).as_posix()} for file in files]
+
+    def _missing(self, repository: str, revision: str, name: str) -> str:
+        if repository not in self.folders:
+            return "RepoNotFound"
+        if revision not in ("main", self.revisions[repository]):
+            return "RevisionNotFound"
+        return "" if (self.folders[repository] / name).is_file() else "EntryNotFound"
+
+    @staticmethod
+    def _send(
+        asked: BaseHTTPRequestHandler,
+        method: str,
+        status: int,
+        body: bytes,
+        headers: dict[str, str],
+        sent: int | None = None,
+    ) -> None:
+        asked.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            if value:
+                asked.send_header(key, value)
+        asked.end_headers()
+        if method == "GET":
+            asked.wfile.write(body[:sent])
+            if sent is not None and sent < len(body):
+                asked.close_connection = True
+
+
+# Random weights in the formats of the releases
+
+
+def write_language_model(
+    folder: Path, kind: str, d_model: int, n_layer: int, n_context: int = 64
+) -> Path:
+    """A random model of the architecture "gpt2", "gemma2", "llama" or "gpt_neox", and a tokenizer.
+
+    Everything that no SAE sees is small: vocabulary, heads, MLPs.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(1)
+    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": 300}
+    sizes: dict[str, Any]
+    if kind == "gpt2":
+        sizes = {"n_embd": d_model, "n_layer": n_layer, "n_head": 4, "n_inner": 64}
+        config: Any = transformers.GPT2Config(
+            n_positions=n_context, initializer_range=0.1, **sizes, **special
+        )
+    else:
+        sizes = {
+            "hidden_size": d_model,
+            "num_hidden_layers": n_layer,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "max_position_embeddings": n_context,
+            "initializer_range": 0.1,
+        }
+        grouped: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
+        config = {
+            "gemma2": lambda: transformers.Gemma2Config(**sizes, **grouped, **special),
+            "llama": lambda: transformers.LlamaConfig(**sizes, **grouped, **special),
+            "gpt_neox": lambda: transformers.GPTNeoXConfig(**sizes, **special),
+        }[kind]()
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def residual_moments(folder: Path) -> list[tuple[Tensor, float]]:
+    """Mean over tokens, and root mean square about it by component, of every block's input (and of
+    what the final norm makes of the last one's output): what a random SAE needs for its L0."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    length = min(64, network.config.max_position_embeddings)
+    tokens = torch.randint(300, (16, length), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        states = network(tokens, output_hidden_states=True).hidden_states
+    flat = [state[:, 1:].flatten(0, 1).float() for state in states]
+    return [(x.mean(0), float((x - x.mean(0)).square().mean().sqrt())) for x in flat]
+
+
+def random_weights(
+    moments: tuple[Tensor, float], d_sae: int, l0: float, seed: int
+) -> dict[str, Tensor]:
+    """W_enc, W_dec, b_enc, b_dec: unit directions, read by themselves above a common threshold.
+
+    On Gaussian activations with these moments, about `l0` latents are active.
+    """
+    mean, spread = moments
+    directions = torch.randn(d_sae, len(mean), generator=torch.Generator().manual_seed(seed))
+    directions /= directions.norm(dim=1, keepdim=True)
+    above = float(torch.special.ndtri(torch.tensor(1 - min(l0 / d_sae, 0.5), dtype=torch.float64)))
+    return {
+        "W_enc": directions.T.contiguous(),
+        "W_dec": directions,
+        "b_enc": torch.full((d_sae,), -above * spread),
+        "b_dec": mean,
+    }
+
+
+def write_sae_lens(folder: Path, weights: dict[str, Tensor], hook: str, **more: Any) -> None:
+    """cfg.json of sae-lens before version 6, as the releases of GPT-2 small have it; weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    d_sae, d_in = weights["W_dec"].shape
+    config = {
+        "model_name": "gpt2-small",
+        "hook_point": hook,
+        "hook_point_head_index": None,
+        "dataset_path": "Skylion007/openwebtext",
+        "context_size": 128,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "torch.float32",
+        "device": "cpu",
+        **more,
+    }
+    (folder / "cfg.json").write_text(json.dumps(config))
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / _WEIGHTS)
+    save_file({"sparsity": torch.full((d_sae,), -3.0)}, folder / "sparsity.safetensors")
+
+
+_WEIGHTS = "sae_weights.safetensors"
+TOPK_OF_LAYER_NORM = {
+    "activation_fn_str": "topk",
+    "activation_fn_kwargs": {"k": 32},
+    "normalize_activations": "layer_norm",
+}
+
+
+def write_gemma_scope(folder: Path, weights: dict[str, Tensor], live: int) -> None:
+    """params.npz as Gemma Scope has it; latents after the first `live` are zeros, packed well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        "w_enc": weights["W_enc"].clone(),
+        "w_dec": weights["W_dec"].clone(),
+        "b_enc": torch.zeros_like(weights["b_enc"]),
+        "b_dec": weights["b_dec"],
+        "threshold": -weights["b_enc"],
+    }
+    # The released encoders subtract no bias; here it is in b_enc.
+    arrays["b_enc"] -= weights["b_dec"] @ weights["W_enc"]
+    for name, axis in (("w_enc", 1), ("w_dec", 0), ("b_enc", 0)):
+        arrays[name].narrow(axis, live, len(weights["b_enc"]) - live).zero_()
+    packed: dict[str, Any] = {key: value.numpy() for key, value in arrays.items()}
+    np.savez_compressed(folder / "params.npz", **packed)
+
+
+def write_llama_scope(
+    folder: Path, weights: dict[str, Tensor], hook: str, norm_scaling_factor: float
+) -> None:
+    """hyperparams.json and checkpoints/final.safetensors in bfloat16 as Llama Scope has them.
+
+    Its weights read activations times `norm_scaling_factor`.
+    """
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    d_sae, d_in = weights["W_dec"].shape
+    config = {
+        "d_model": d_in,
+        "d_sae": d_sae,
+        "hook_point_in": hook,
+        "hook_point_out": hook,
+        # sae-lens multiplies it by the factor that folding puts into the encoder.
+        "jump_relu_threshold": float(-weights["b_enc"][0]),
+        "dataset_average_activation_norm": {
+            "in": d_in**0.5 / norm_scaling_factor,
+            "out": d_in**0.5 / norm_scaling_factor,
+        },
+    }
+    (folder / "hyperparams.json").write_text(json.dumps(config))
+    tensors = {
+        "encoder.weight": weights["W_enc"].T,
+        "encoder.bias": -(weights["b_dec"] * norm_scaling_factor) @ weights["W_enc"],
+        "decoder.weight": weights["W_dec"].T,
+        "decoder.bias": weights["b_dec"] * norm_scaling_factor,
+    }
+    save_file(
+        {key: value.bfloat16().contiguous() for key, value in tensors.items()},
+        folder / "checkpoints" / "final.safetensors",
+    )
+
+
+# A whole suite of GPT-2 small
+
+
+def write_gpt2_small(folder: Path, smaller: int = 12) -> Iterator[tuple[str, Path, str]]:
+    """Every repository of the suite gpt2-small: (name, folder, revision).
+
+    12 blocks, all SAEs of the suite at their hooks; d_model and every width are divided by
+    `smaller`, the vocabulary is 300 tokens, contexts have 256.
+    """
+    entry = DOWNLOADABLE["gpt2-small"]
+    model = write_language_model(folder / "model", "gpt2", entry.d_model // smaller, 12, 256)
+    yield entry.model, model, entry.revision or REVISION
+    moments = residual_moments(model)
+    for number, row in enumerate(listing(entry)):
+        block, stage = int(row["hook"].split(".")[1]), row["hook"].rpartition("_")[2]
+        d_sae, l0 = row["d_sae"] // smaller, row["aim_l0"]
+        at = moments[block + (stage == "post")]
+        weights = random_weights(at, d_sae, l0, number)
+        more = TOPK_OF_LAYER_NORM if "-v5-" in row["release"] else {}
+        if more:
+            weights["b_enc"] = torch.zeros(d_sae)
+        to = folder / row["release"] / _path_of(row)
+        write_sae_lens(to, {k: v.half() for k, v in weights.items()}, row["hook"], **more)
+    for source in entry.sources:
+        yield str(release(source.release)["repo_id"]), folder / source.release, REVISION
+
+
+def _path_of(row: dict[str, Any]) -> str:
+    return next(s["path"] for s in release(row["release"])["saes"] if s["id"] == row["id"])
+
+
+def add_to_cache(cache: Path, repository: str, source: Path, revision: str = REVISION) -> None:
+    """What the hub's client leaves behind: refs/main and a snapshot folder."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(source, folder / "snapshots" / revision, dirs_exist_ok=True)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text(revision)
+
+
+def fill_cache(home: Path, smaller: int = 12) -> None:
+    """A HF_HOME that holds the suite gpt2-small, random and reduced, see `write_gpt2_small`."""
+    for repository, folder, revision in write_gpt2_small(home / "written", smaller):
+        add_to_cache(home / "hub", repository, folder, revision)
+    shutil.rmtree(home / "written")
+
+
+if __name__ == "__main__":
+    fill_cache(Path(sys.argv[1]))

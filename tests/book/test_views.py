@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -14,7 +13,6 @@ from bs4 import BeautifulSoup
 from darkmatter import book
 from darkmatter._refusal import Refusal
 from darkmatter.book.figures import FIGURE_KEY
-from darkmatter.book.views import colour, visible
 
 WORDS = {
     "alt": "A short text; the tag is marked most at both widths.",
@@ -104,38 +102,6 @@ def test_it_travels_as_a_figure_does_with_a_plain_fallback(shown: Any) -> None:
     assert lines[3] == 'width 512: largest error norm (a.u.): <b> 4, "x" 3, &amp; 2, def 1'
     book.token_view(TOKENS, VALUES, **WORDS)
     assert shown[0] == shown[1]
-
-
-def luminance(code: str) -> float:
-    """Relative luminance of #rrggbb by WCAG 2."""
-    channels = [int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def test_black_text_is_legible_on_every_level_and_lightness_gives_the_order() -> None:
-    light = [luminance(colour(level)) for level in range(10)]
-    assert colour(0) == "#ffffff"
-    # WCAG AA asks for a contrast of 4.5.
-    assert all((one + 0.05) / 0.05 >= 4.5 for one in light)
-    assert all(a - b > 0.02 for a, b in itertools.pairwise(light))
-
-
-@pytest.mark.parametrize(
-    ("token", "seen"),
-    [
-        ("\n\n", "↵\n↵\n"),
-        ("\t x", "⇥ x"),
-        ("\r", "‹D›"),
-        ("\u200b", "‹200B›"),
-        ("\ufeffa", "‹FEFF›a"),
-        ("", "∅"),
-        ("é ☃", "é ☃"),
-        ("    ", "    "),
-    ],
-)
-def test_invisible_characters_are_shown_by_signs(token: str, seen: str) -> None:
-    assert visible(token) == seen
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])

@@ -11,12 +11,15 @@ is the mean over tokens of
 
 where d* is d as a constant: this term gives no gradient to the decoder. `gated` is Rajamanoharan et
 al. 2024 (2404.16014); `expanded`, its loss without the step function, is jacobcd52's proposal in a
-comment on that paper, whose formulas are lost and were put together from its words.
+comment on that paper, whose formulas are lost and were put together from its words. Four more, of
+`darkmatter.architectures`, choose latents by rank, threshold or pursuit.
 
 A sparsity penalty is comparable between objectives only at equal L0. So `train_objective` takes an
-L0 and steers the penalty towards it. What is learned is returned as sae-lens' own StandardSAE,
-GatedSAE or TopKSAE; `expanded` is a StandardSAE whose decoder rows are p_i W_i, which is the same
-function.
+L0 and steers the penalty towards it. What is learned is returned as one of sae-lens' own inference
+classes; `expanded` is a StandardSAE whose decoder rows are p_i W_i, which is the same function, and
+batchtopk and matryoshka are JumpReLUSAEs with one threshold. `as_training_class` gives the class of
+sae-lens whose loss each of the four is (tests compare values and gradients), and
+`train_objective_with_sae_lens` trains it by sae-lens' own trainer, two to three times as slowly.
 """
 
 from __future__ import annotations
@@ -31,25 +34,41 @@ from jaxtyping import Float
 from torch import Tensor
 
 from darkmatter._refusal import Refusal
+from darkmatter.architectures import (
+    Entries,
+    Parameters,
+    batch_largest,
+    batch_topk_gradients,
+    jumprelu_gradients,
+    matching_pursuit_gradients,
+)
 from darkmatter.autoencoders import Autoencoder, decoder_of
 from darkmatter.leastsquares import column_mean, finite_rows, float64_blocks, paired_rows
 from darkmatter.sparse import flat_nonzero
-from darkmatter.training import bags, check_batch, difference_directions, row_dots
+from darkmatter.training import (
+    check_batch,
+    difference_directions,
+    fit_with_sae_lens,
+    row_dots,
+)
 
 if TYPE_CHECKING:
     from sae_lens import GatedSAE, StandardSAE
 
 Objective = Literal["l1", "expanded", "gated", "topk"]
+Architecture = Literal["batchtopk", "matryoshka", "jumprelu", "matching_pursuit"]
+# Adam steps by about its rate, and thresholds are some fifty times as large as weights.
+_THRESHOLD_FASTER = 30.0
 
 
 @dataclass(frozen=True)
 class ObjectiveRecipe:
     """What decides an autoencoder, given its rows."""
 
-    objective: Objective
+    objective: Objective | Architecture
     d_sae: int
     l0: float | int
-    """What the sparsity penalty is steered to; of topk, k."""
+    """What the sparsity penalty is steered to; of topk, batchtopk, matryoshka and pursuit, k."""
     samples: int = 240_000
     """Rows to train on in all, repeats counted."""
     batch: int = 512
@@ -59,7 +78,16 @@ class ObjectiveRecipe:
     """Weight of `orthogonality_penalty` of the decoder in the loss."""
     freeze_decoder: bool = True
     """Whether d* is constant, as published; sae-lens' gated SAE trains the decoder there, too."""
+    steering: float = 0.02
+    """Each batch the logarithm of the penalty moves by it times that of L0 / wanted L0."""
+    bandwidth: float | int = 2.0
+    """Of the window that stands for the derivative of jumprelu's step; the rows' variance is d."""
     seed: int = 0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Nested widths of matryoshka: an eighth, a quarter, half and all of the latents."""
+        return tuple(max(1, self.d_sae // part) for part in (8, 4, 2, 1))
 
 
 @dataclass(frozen=True)
@@ -75,24 +103,9 @@ class Trained:
     gain: Float[Tensor, " d_sae"]
 
 
-@dataclass
-class Parameters:
-    """W_enc [d, m], b_enc [m], W_dec [m, d], b_dec [d]; p or r [m] as `gain`, b_mag [m]."""
-
-    W_enc: Float[Tensor, "d m"]
-    b_enc: Float[Tensor, " m"]
-    W_dec: Float[Tensor, "m d"]
-    b_dec: Float[Tensor, " d"]
-    gain: Float[Tensor, " m"]
-    b_mag: Float[Tensor, " m"]
-
-    def all(self) -> list[Tensor]:
-        return [self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.gain, self.b_mag]
-
-
 def initial_parameters(
     rows: Float[Tensor, "n d"],
-    objective: Objective,
+    objective: Objective | Architecture,
     d_sae: int,
     seed: int = 0,
     active: float | int | None = None,
@@ -101,24 +114,27 @@ def initial_parameters(
 
     Neutral is p = 1, exp(r) = 1 and every other bias 0. b_enc lets every latent fire on a share
     `active` of the rows, or is 0: a penalty that has to bring down a large L0 kills many latents
-    on the way. All objectives of one seed start equal.
+    on the way. Of jumprelu the threshold does that, and b_enc is 0. All objectives of one seed
+    start equal.
     """
     generator = torch.Generator().manual_seed(seed)
     directions = difference_directions(rows, d_sae, generator, jitter=1e-6)
     zeros = rows.new_zeros(d_sae)
     gain = torch.ones_like(zeros) if objective == "expanded" else zeros.clone()
-    b_enc = zeros.clone()
+    fires_above = zeros.clone()
     if active is not None:
         place = len(rows) - max(1, round(active * len(rows)))
-        b_enc = -(rows @ directions.T).kthvalue(max(1, place), dim=0).values
+        fires_above = (rows @ directions.T).kthvalue(max(1, place), dim=0).values
+    learns_threshold = objective == "jumprelu"
     return Parameters(
         # Laid out as its gradient will be: fused Adam reads both in the order of memory.
         directions.T.clone(memory_format=torch.contiguous_format),
-        b_enc,
+        zeros.clone() if learns_threshold else -fires_above,
         directions,
         rows.new_zeros(rows.shape[1]),
         gain,
         zeros.clone(),
+        fires_above if learns_threshold else None,
     )
 
 
@@ -178,26 +194,17 @@ def objective_gradients(
     if objective == "topk":
         on &= torch.zeros_like(on).scatter_(1, pre.topk(k, dim=1, sorted=False).indices, True)
     at = flat_nonzero(on)
-    row = at.div(m, rounding_mode="floor")
-    column = at - row * m
-    f = pre.view(-1)[at]
-    by_column = column.argsort(stable=True)
-    columns, rows = column[by_column], row[by_column]
+    entries, f = Entries(at, n, m), pre.view(-1)[at]
+    row, column = entries.row, entries.column
 
     def upstream(code: Tensor) -> Tensor:
-        return (bags(row, column, code, W_dec, n) + b_dec - z) * (2 / n)
-
-    def by_latent(values: Tensor) -> Tensor:
-        return f.new_zeros(m).index_add_(0, column, values)
-
-    def outer(values: Tensor, of: Tensor) -> Tensor:
-        return bags(columns, rows, values[by_column], of, m)
+        return (entries.decode(code, W_dec) + b_dec - z) * (2 / n)
 
     first = upstream(f)
     f_gradient = row_dots(first, row, W_dec, column)
     decoder, decoder_bias = torch.zeros_like(W_dec), torch.zeros_like(b_dec)
     if objective in ("l1", "topk") or not freeze_decoder:
-        decoder, decoder_bias = outer(f, first), first.sum(0)
+        decoder, decoder_bias = entries.outer(f, first), first.sum(0)
     if objective != "topk":
         f_gradient = f_gradient + sparsity / n
     # What reaches the weights of the encoder but not b_enc: the magnitudes of gated.
@@ -207,8 +214,8 @@ def objective_gradients(
         second = upstream(gain[column] * f)
         code_gradient = row_dots(second, row, W_dec, column)
         f_gradient = f_gradient + gain[column] * code_gradient
-        gain_gradient = by_latent(f * code_gradient)
-        decoder = decoder + outer(gain[column] * f, second)
+        gain_gradient = entries.by_latent(f * code_gradient)
+        decoder = decoder + entries.outer(gain[column] * f, second)
         decoder_bias = decoder_bias + second.sum(0)
     elif objective == "gated":
         scaled = gain.exp()[column] * (f - parameters.b_enc[column])
@@ -216,11 +223,12 @@ def objective_gradients(
         second = upstream(code)
         code_gradient = row_dots(second, row, W_dec, column) * (code > 0)
         magnitude = code_gradient * gain.exp()[column]
-        gain_gradient, b_mag_gradient = by_latent(code_gradient * scaled), by_latent(code_gradient)
-        decoder = decoder + outer(code, second)
+        gain_gradient = entries.by_latent(code_gradient * scaled)
+        b_mag_gradient = entries.by_latent(code_gradient)
+        decoder = decoder + entries.outer(code, second)
         decoder_bias = decoder_bias + second.sum(0)
-    encoder = outer(f_gradient + magnitude, z).T.contiguous()
-    bias = by_latent(f_gradient)
+    encoder = entries.outer(f_gradient + magnitude, z).T.contiguous()
+    bias = entries.by_latent(f_gradient)
     l0 = len(at) / n
     return l0, [encoder, bias, decoder, decoder_bias, gain_gradient, b_mag_gradient]
 
@@ -250,84 +258,181 @@ def train_objective(
     Inside, rows are z = (x - mean x) * sqrt(d / variance of x), with the variance summed over the
     d dimensions; the scale is folded into the weights at the end, so the SAE takes raw x. Adam;
     after every step the rows of W_dec have unit norm. Each batch, the penalty is multiplied by
-    (L0 / wanted L0)^0.02, by two percent at most, and so finds the value that the L0 needs.
+    (L0 / wanted L0)^steering, by a factor of exp(steering) at most, and so finds the value that
+    the L0 needs.
 
     Raises Refusal for an unknown objective, fewer rows or samples than a batch, an L0 out of range
     or (topk) not whole, or rows that are not finite or do not vary.
     """
     _check(rows, recipe)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    mean = column_mean(rows).float()
-    variance = float((rows[: 1 << 15].float() - mean).square().sum(1).mean())
-    if not variance > 0:
-        raise Refusal("rows are all the same, expected rows that vary; pass more than one token.")
-    scale = (rows.shape[1] / variance) ** 0.5
-    sample = rows[torch.randint(len(rows), (4096,), generator=generator)]
-    parameters = initial_parameters(
-        (sample.float() - mean) * scale,
-        recipe.objective,
-        recipe.d_sae,
-        recipe.seed,
-        min(0.5, 2 * recipe.l0 / recipe.d_sae),
-    )
-    sparsity = _optimise(rows, recipe, parameters, mean, scale, generator)
-    gain = parameters.gain.clone()
-    if recipe.objective == "gated":
-        gain = gain.exp()
-    elif recipe.objective != "expanded":
-        gain = torch.ones_like(gain)
-    sae = _as_sae(recipe, parameters, mean, scale)
-    sae.cfg.metadata.hook_name = hook
-    return Trained(sae, sparsity, gain)
+    start = _Start(rows, recipe)
+    return start.trained(_optimise(start), hook)
+
+
+class _Start:
+    """Where an objective begins, and the rows it reads, in units in which a row has variance d."""
+
+    def __init__(self, rows: Tensor, recipe: ObjectiveRecipe) -> None:
+        self.rows, self.recipe = rows, recipe
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.mean = column_mean(rows).float()
+        variance = float((rows[: 1 << 15].float() - self.mean).square().sum(1).mean())
+        if not variance > 0:
+            raise Refusal(
+                "rows are all the same, expected rows that vary; pass more than one token."
+            )
+        self.scale = (rows.shape[1] / variance) ** 0.5
+        self.parameters = initial_parameters(
+            self.sample(4096),
+            recipe.objective,
+            recipe.d_sae,
+            recipe.seed,
+            min(0.5, 2 * recipe.l0 / recipe.d_sae),
+        )
+        self.order = torch.empty(0, dtype=torch.int64)
+
+    def sample(self, n: int) -> Float[Tensor, "n d"]:
+        """Rows drawn at random, with repeats."""
+        drawn = self.rows[torch.randint(len(self.rows), (n,), generator=self.generator)]
+        return (drawn.float() - self.mean) * self.scale
+
+    def batch(self, step: int) -> Float[Tensor, "batch d"]:
+        """The rows of a step; steps are asked for in order."""
+        size = self.recipe.batch
+        at = step % (len(self.rows) // size)
+        if at == 0:
+            self.order = torch.randperm(len(self.rows), generator=self.generator)
+        rows = self.rows[self.order[at * size : (at + 1) * size]]
+        return (rows.float() - self.mean) * self.scale
+
+    def trained(self, sparsity: float, hook: str | None) -> Trained:
+        """What the parameters have become."""
+        gain, objective = self.parameters.gain, self.recipe.objective
+        if objective == "gated":
+            gain = gain.exp()
+        elif objective != "expanded":
+            gain = torch.ones_like(gain)
+        sae = _as_sae(self)
+        sae.cfg.metadata.hook_name = hook
+        return Trained(sae, sparsity, gain.clone())
+
+
+def _in_sae_lens(objective: Objective) -> dict[str, str]:
+    """Names of the parameters of sae-lens' training class, and of ours."""
+    names = {"W_enc": "W_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+    match objective:
+        case "gated":
+            return names | {"b_gate": "b_enc", "r_mag": "gain", "b_mag": "b_mag"}
+        case "expanded":
+            return names | {"b_enc": "b_enc", "gain": "gain"}
+        case _:
+            return names | {"b_enc": "b_enc"}
+
+
+def as_training_class(
+    objective: Objective, parameters: Parameters, sparsity: float | int = 0.0, k: int = 0
+) -> Any:
+    """sae-lens' training class of an objective, or ours registered with it, with these weights.
+
+    Its `training_forward_pass` is the loss of `objective_loss`; of gated that with
+    `freeze_decoder=False`. Weights are copied.
+    """
+    import sae_lens
+
+    m, d = parameters.W_dec.shape
+    config: dict[str, Any] = {
+        "d_in": d,
+        "d_sae": m,
+        "dtype": str(parameters.W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+    }
+    match objective:
+        case "topk":
+            made: Any = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(**config, k=k))
+        case "l1":
+            made = sae_lens.StandardTrainingSAE(
+                sae_lens.StandardTrainingSAEConfig(**config, l1_coefficient=float(sparsity))
+            )
+        case "gated":
+            made = sae_lens.GatedTrainingSAE(
+                sae_lens.GatedTrainingSAEConfig(**config, l1_coefficient=float(sparsity))
+            )
+        case "expanded":
+            from darkmatter import registered
+
+            made = registered.ExpandedTrainingSAE(
+                registered.ExpandedTrainingSAEConfig(**config, l1_coefficient=float(sparsity))
+            )
+    names = _in_sae_lens(objective)
+    made.load_state_dict({name: getattr(parameters, ours) for name, ours in names.items()})
+    return made
+
+
+def train_objective_with_sae_lens(
+    rows: Float[Tensor, "n d"],
+    recipe: ObjectiveRecipe,
+    sparsity: float | int,
+    hook: str | None = None,
+) -> Trained:
+    """`train_objective` by sae-lens' own trainer, from the same start and on the same rows.
+
+    `sparsity` is the penalty throughout, as that trainer steers none, in units in which a row has
+    variance d. It clips gradients to a norm of one and leaves the norms of decoder rows free; they
+    are folded into the encoder at the end. Raises Refusal as `train_objective`, and for an
+    objective that is not one of l1, expanded, gated and topk.
+    """
+    _check(rows, recipe)
+    match recipe.objective:
+        case "l1" | "expanded" | "gated" | "topk" as objective:
+            pass
+        case other:
+            raise Refusal(
+                f"expected one of {get_args(Objective)}, got {other!r}; use its class in sae-lens."
+            )
+    start = _Start(rows, recipe)
+    steps = recipe.samples // recipe.batch
+    batches = (start.batch(step) for step in range(steps))
+    with torch.random.fork_rng(devices=[]):
+        made = as_training_class(objective, start.parameters, sparsity, int(recipe.l0))
+        trained = fit_with_sae_lens(made, batches, steps, recipe.batch, recipe.learning_rate)
+        trained.fold_W_dec_norm()
+        for name, ours in _in_sae_lens(objective).items():
+            setattr(start.parameters, ours, getattr(trained, name).detach().clone())
+        return start.trained(float(sparsity), hook)
 
 
 def _check(rows: Tensor, recipe: ObjectiveRecipe) -> None:
-    if recipe.objective not in get_args(Objective):
-        raise Refusal(
-            f"There is no objective {recipe.objective!r}; choose one of {get_args(Objective)}."
-        )
+    known = get_args(Objective) + get_args(Architecture)
+    if recipe.objective not in known:
+        raise Refusal(f"There is no objective {recipe.objective!r}; choose one of {known}.")
     finite_rows("rows", rows)
     check_batch(len(rows), recipe.samples, recipe.batch)
     if not 0 < recipe.l0 <= recipe.d_sae:
         raise Refusal(
             f"expected 0 < l0 <= d_sae = {recipe.d_sae}, got {recipe.l0}; choose a smaller l0"
         )
-    if recipe.objective == "topk" and int(recipe.l0) != recipe.l0:
+    if recipe.objective in ("topk", "matching_pursuit") and int(recipe.l0) != recipe.l0:
         raise Refusal(
-            f"topk keeps the same number of latents of every token, got l0 = {recipe.l0}; pass a "
-            "whole number"
+            f"{recipe.objective} keeps the same number of latents of every token, got l0 = "
+            f"{recipe.l0}; pass a whole number"
         )
 
 
 @torch.no_grad()
-def _optimise(
-    rows: Tensor,
-    recipe: ObjectiveRecipe,
-    parameters: Parameters,
-    mean: Tensor,
-    scale: float,
-    generator: torch.Generator,
-) -> float:
+def _optimise(start: _Start) -> float:
     """Adam in place; returns the penalty averaged over the last tenth of the steps."""
-    optimiser = torch.optim.Adam(parameters.all(), lr=recipe.learning_rate, fused=True)
+    recipe, parameters = start.recipe, start.parameters
+    groups: list[dict[str, Any]] = [{"params": parameters.all()[:6], "faster": 1.0}]
+    if parameters.threshold is not None:
+        groups.append({"params": [parameters.threshold], "faster": _THRESHOLD_FASTER})
+    optimiser = torch.optim.Adam(groups, fused=True)
     steps = recipe.samples // recipe.batch
-    per_epoch = len(rows) // recipe.batch
-    order = torch.empty(0, dtype=torch.int64)
     # A penalty that shrinks a latent by a tenth or so of its usual size in these units.
     sparsity, late = log(4.0), 0.0
     for step in range(steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(len(rows), generator=generator)
-        start = step % per_epoch * recipe.batch
-        z = (rows[order[start : start + recipe.batch]].float() - mean) * scale
-        l0, gradient = objective_gradients(
-            recipe.objective,
-            parameters,
-            z,
-            exp(sparsity),
-            int(recipe.l0),
-            recipe.freeze_decoder,
-        )
+        z = start.batch(step)
+        l0, gradient = _gradients(recipe, parameters, z, exp(sparsity))
         if recipe.orthogonality:
             with torch.enable_grad():
                 decoder = parameters.W_dec.detach().requires_grad_()
@@ -335,20 +440,53 @@ def _optimise(
             gradient[2] = gradient[2] + torch.autograd.grad(loss, decoder)[0]
         for parameter, part in zip(parameters.all(), gradient, strict=True):
             parameter.grad = part
-        optimiser.param_groups[0]["lr"] = recipe.learning_rate * min(
-            1.0, 20 * (step + 1) / steps, max(0.1, 3 * (steps - step) / steps)
-        )
+        share = min(1.0, 20 * (step + 1) / steps, max(0.1, 3 * (steps - step) / steps))
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * share * group["faster"]
         optimiser.step()
         W_dec = parameters.W_dec
         W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        sparsity += 0.02 * max(-1.0, min(1.0, log(max(l0, 0.1) / recipe.l0)))
+        if parameters.threshold is not None:
+            parameters.threshold.clamp_(min=0)
+        sparsity += recipe.steering * max(-1.0, min(1.0, log(max(l0, 0.1) / recipe.l0)))
         if step >= steps - max(1, steps // 10):
             late += exp(sparsity) / max(1, steps // 10)
     return late
 
 
-def _as_sae(recipe: ObjectiveRecipe, parameters: Parameters, mean: Tensor, scale: float) -> Any:
+def _gradients(
+    recipe: ObjectiveRecipe, parameters: Parameters, z: Tensor, sparsity: float
+) -> tuple[float, list[Tensor]]:
+    match recipe.objective:
+        case "batchtopk":
+            return batch_topk_gradients(parameters, z, recipe.l0)
+        case "matryoshka":
+            return batch_topk_gradients(parameters, z, recipe.l0, recipe.widths)
+        case "jumprelu":
+            return jumprelu_gradients(parameters, z, sparsity, recipe.bandwidth)
+        case "matching_pursuit":
+            return matching_pursuit_gradients(parameters, z, int(recipe.l0))
+        case objective:
+            return objective_gradients(
+                objective, parameters, z, sparsity, int(recipe.l0), recipe.freeze_decoder
+            )
+
+
+def _threshold(start: _Start) -> Float[Tensor, " m"]:
+    """The learned thresholds, or the one at which the rows' mean L0 is that of the recipe."""
+    parameters = start.parameters
+    if parameters.threshold is not None:
+        return parameters.threshold
+    # A far quantile, which takes more rows than a start.
+    z = start.sample(16_384)
+    pre = torch.addmm(parameters.b_enc, z, parameters.W_enc)
+    at = batch_largest(pre, round(start.recipe.l0 * len(z)) + 1)
+    return pre.view(-1)[at].min().expand(pre.shape[1])
+
+
+def _as_sae(start: _Start) -> Any:
     """The same function of raw rows, x -> z -> x_hat, as an sae-lens object."""
+    recipe, parameters, mean, scale = start.recipe, start.parameters, start.mean, start.scale
     W_enc, W_dec = parameters.W_enc, parameters.W_dec
     # pre / scale = x W_enc + b_enc / scale - mean W_enc: codes, too, are in units of x.
     shift = mean @ W_enc
@@ -358,6 +496,13 @@ def _as_sae(recipe: ObjectiveRecipe, parameters: Parameters, mean: Tensor, scale
         b_mag = parameters.b_mag / scale - parameters.gain.exp() * shift
         state = {"b_gate": b_enc, "b_mag": b_mag, "r_mag": parameters.gain}
         return _new_sae("gated", W_enc, W_dec, b_dec, state)
+    if recipe.objective == "matching_pursuit":
+        extra = {"max_iterations": int(recipe.l0), "residual_threshold": 0.0}
+        extra |= {"stop_on_duplicate_support": False, "apply_b_dec_to_input": True}
+        return _new_sae("matching_pursuit", None, W_dec, b_dec, {}, extra)
+    if recipe.objective in ("jumprelu", "batchtopk", "matryoshka"):
+        state = {"b_enc": b_enc, "threshold": _threshold(start) / scale}
+        return _new_sae("jumprelu", W_enc, W_dec, b_dec, state)
     if recipe.objective == "expanded":
         W_dec = parameters.gain[:, None] * W_dec
     architecture = "topk" if recipe.objective == "topk" else "standard"
@@ -367,7 +512,7 @@ def _as_sae(recipe: ObjectiveRecipe, parameters: Parameters, mean: Tensor, scale
 
 def _new_sae(
     architecture: str,
-    W_enc: Tensor,
+    W_enc: Tensor | None,
     W_dec: Tensor,
     b_dec: Tensor,
     state: dict[str, Tensor],
@@ -385,7 +530,9 @@ def _new_sae(
         "apply_b_dec_to_input": False,
     }
     sae = SAE.from_dict(config | (extra or {}))
-    weights = {"W_enc": W_enc, "W_dec": W_dec, "b_dec": b_dec} | state
+    weights = {"W_dec": W_dec, "b_dec": b_dec} | state
+    if W_enc is not None:
+        weights["W_enc"] = W_enc
     sae.load_state_dict({name: value.detach().float().clone() for name, value in weights.items()})
     if metadata is not None:
         sae.cfg.metadata = copy.deepcopy(metadata)

@@ -394,18 +394,16 @@ def train_with_sae_lens(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        trained = _fit_with_sae_lens(sample - mean, batches(), recipe, generator)
+        sae = _topk_start(sample - mean, recipe, generator)
+        steps = recipe.samples // recipe.batch
+        trained = fit_with_sae_lens(sae, batches(), steps, recipe.batch, recipe.learning_rate)
         trained.fold_activation_norm_scaling_factor(scale)
         trained.b_dec.data += mean
         return _inference_sae(trained)
 
 
-def _fit_with_sae_lens(
-    sample: Tensor, batches: Iterator[Tensor], recipe: SaeLensRecipe, generator: torch.Generator
-) -> Any:
-    from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.training import sae_trainer
+def _topk_start(sample: Tensor, recipe: SaeLensRecipe, generator: torch.Generator) -> Any:
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(
@@ -415,12 +413,25 @@ def _fit_with_sae_lens(
     with torch.no_grad():
         sae.W_dec.copy_(difference_directions(sample, recipe.d_sae, generator, jitter=1e-6))
         sae.W_enc.copy_(sae.W_dec.T)
-    steps = recipe.samples // recipe.batch
+    return sae
+
+
+def fit_with_sae_lens(
+    sae: Any, batches: Iterator[Tensor], steps: int, batch: int, learning_rate: float
+) -> Any:
+    """Train one of sae-lens' training classes by its own `SAETrainer`, silently; returns it.
+
+    The learning rate warms up over the first twentieth and falls to a tenth in the last third.
+    """
+    from sae_lens import SAETrainer
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training import sae_trainer
+
     config = SAETrainerConfig(
-        total_training_samples=steps * recipe.batch,
-        train_batch_size_samples=recipe.batch,
-        lr=recipe.learning_rate,
-        lr_end=recipe.learning_rate / 10,
+        total_training_samples=steps * batch,
+        train_batch_size_samples=batch,
+        lr=learning_rate,
+        lr_end=learning_rate / 10,
         lr_warm_up_steps=steps // 20,
         lr_decay_steps=steps // 3,
         dead_feature_window=max(20, steps // 10),

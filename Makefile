@@ -18,12 +18,12 @@ export HF_HUB_OFFLINE
 export TOKENIZERS_PARALLELISM := false
 export MPLBACKEND := agg
 
-.PHONY: help venv book test lint bench student lock clean distclean
+.PHONY: help venv book test browser screenshots lint bench student slides epub pdf linkcheck colab-check lock clean distclean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
 
 venv: .venv/.done ## make .venv from the hashed lock (a minute or two, once)
 
@@ -45,17 +45,38 @@ test: lint ## lint, run the chapters that changed, then every test
 	$(V)/python -m darkmatter.book execute
 	$(V)/python -m pytest
 
-lint: venv ## ruff, and pyright strict on darkmatter/
+browser: venv ## read the built book in a real browser: after `make book`
+	DARKMATTER_HTML=_build/html $(V)/python -m pytest tests/browser
+
+screenshots: venv ## pictures of five key pages in _build/screenshots: after `make book`
+	$(V)/python -m tests.browser.screenshots _build/html _build/screenshots
+
+lint: venv ## ruff, pyright strict on darkmatter/, and spelling
 	$(V)/ruff check .
 	$(V)/ruff format --check .
 	$(V)/pyright
+	@if [ -x $(V)/codespell ]; then $(V)/codespell; else echo "spelling: not checked, codespell is not in .venv"; fi
 
-bench: venv ## time the numerical core against the plain way
-	$(V)/python tests/bench/run.py
-	$(V)/python tests/bench/curves.py
+bench: venv ## time the numerical core against the published procedures
+	$(V)/python -m tests.bench
 
 student: venv ## write the student edition: the chapters without their solutions
 	$(V)/python -m darkmatter.book student
+
+slides: venv ## a deck of slides for each part in _build/slides; after `make book` with figures
+	$(V)/python -m darkmatter.book slides
+
+epub: venv ## the book as one file for an e-reader: _build/epub
+	$(V)/python -m darkmatter.book epub
+
+pdf: venv ## the book as a PDF in _build/pdf, where LaTeX is installed
+	$(V)/python -m darkmatter.book pdf
+
+linkcheck: venv ## follow every link to another site (needs the network)
+	$(V)/python -m darkmatter.book linkcheck
+
+colab-check: ## install the wheel of this tree with ranges only, run a student and a solved chapter
+	PY=$(PY) .ci/colab-check
 
 lock: venv ## make requirements.lock and environment.yml again from pyproject.toml (LOCK_ARGS=--upgrade)
 	@echo torch==$(TORCH) > .venv/torch.constraint

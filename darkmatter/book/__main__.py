@@ -9,16 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from darkmatter._refusal import Refusal
-from darkmatter.book import editions, lint, notebooks, results
+from darkmatter.book import editions, lint, notebooks, printed, results, slides
 from darkmatter.book.execution import differences, execute
 from darkmatter.book.paths import Book, open_book
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when all is well, 1 with sentences on stderr when something is wrong."""
+    """Run one command; 0 when all is well, 1 with sentences on stderr when something is wrong.
+
+    2 when the machine lacks a program that the command needs.
+    """
     options = _parser().parse_args(arguments)
     try:
         found = _run(options)
+    except printed.MissingProgram as error:
+        print(error, file=sys.stderr)
+        return 2
     except Refusal as error:
         found = [str(error)]
     for problem in found:
@@ -46,6 +52,16 @@ def _run(options: argparse.Namespace) -> list[str]:
         case "student":
             for path in editions.write_student_editions(book):
                 print(path)
+        case "slides":
+            for path in slides.write_decks(book):
+                print(path)
+        case "epub" | "pdf" | "linkcheck":
+            return _printed(book, options)
+        case "atlas":
+            from darkmatter.book.atlas import add_entry
+            from darkmatter.survey import Survey
+
+            print(add_entry(book, Survey.load(options.survey), options.name))
         case "results":
             if not options.update:
                 return results.check(book, suite=options.suite)
@@ -72,6 +88,19 @@ def _render(book: Book) -> None:
 
     stage(book)
     print(f"The book is at {render(book) / 'index.html'}")
+
+
+def _printed(book: Book, options: argparse.Namespace) -> list[str]:
+    from darkmatter.book.staging import stage
+
+    if options.command == "pdf":
+        printed.require_latex()
+    _execute(book, options)
+    stage(book)
+    if options.command == "linkcheck":
+        return printed.broken_links(book)
+    print(printed.write_pdf(book) if options.command == "pdf" else printed.write_epub(book))
+    return []
 
 
 def _execute(
@@ -153,6 +182,13 @@ def _parser() -> argparse.ArgumentParser:
     with_force_and_jobs(command("build", "lint, execute, check, stage and render into _build/html"))
     command("render", "stage and render the chapters as they were executed last")
     command("student", "write the student edition into _build/student")
+    command("slides", "write a deck of slides for each part into _build/slides")
+    with_force_and_jobs(command("epub", "execute, stage and write _build/epub"))
+    with_force_and_jobs(command("pdf", "the same as a PDF, where LaTeX is installed"))
+    with_force_and_jobs(command("linkcheck", "name the links to other sites that are dead"))
+    entry = command("atlas", "write the atlas entry of a survey's folder")
+    entry.add_argument("survey", type=Path, help="the folder of a finished survey")
+    entry.add_argument("--name", required=True, help="of the entry, such as gpt2-small-res-jb")
     written = command("results", "compare the executed book with the reference, or update it")
     written.add_argument("--update", action="store_true", help="write book/results")
     written.add_argument("--suite", default="pydocs")

@@ -35,15 +35,22 @@ _OUTSIDE = frozenset(
     f"book/{name}.py"
     for name in (
         "__main__",
+        "benchmarks",
         "editions",
         "environment",
         "execution",
+        "formulas",
+        "glossary",
+        "links",
         "lint",
         "notebooks",
         "pages",
         "paths",
+        "printed",
+        "quizzes",
         "rendering",
         "results",
+        "slides",
         "staging",
     )
 )
@@ -234,8 +241,10 @@ def _figure_apart(cell: NotebookNode) -> list[NotebookNode]:
     from nbformat.v4 import new_code_cell
 
     cell.outputs = [one for one in outputs if FIGURE_KEY in one.get("metadata", {})]
+    # myst-nb leaves out a cell without source, its outputs too.
+    source = "# What this cell says beside its figure"
     before = new_code_cell(
-        "", id=f"{cell.id}-said", outputs=others, metadata={"tags": ["remove-input"]}
+        source, id=f"{cell.id}-said", outputs=others, metadata={"tags": ["remove-input"]}
     )
     return [before, cell]
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from darkmatter._refusal import Refusal
-from darkmatter.book import notebooks
+from darkmatter.book import notebooks, quizzes
 from darkmatter.book.claims import Claim, load_claims
+from darkmatter.book.colab import leftovers
 from darkmatter.book.editions import BEGINS, ENDS, SOLUTION_TAG
 from darkmatter.book.exercises import Exercise, exercises_of
 from darkmatter.book.notebooks import tags_of
@@ -104,13 +105,16 @@ def lint(book: Book, only: str | None = None) -> list[str]:
         chapter = chapter_of(path) or ""
         found += lint_notebook(path, claims, exercises_of(chapter), repository)
     if only is None:
-        found += [problem for page in sorted(book.source.glob("*.md")) for problem in _page(page)]
-        known = {chapter_of(path) for path in book.chapters()}
+        found += [problem for page in sorted(book.source.rglob("*.md")) for problem in _page(page)]
+        known = {chapter_of(path) or "" for path in book.chapters()}
         found += [
             f"claims.yml: {claim.id} belongs to chapter {claim.chapter}, which does not exist"
             for claim in claims.values()
             if claim.chapter not in known
         ]
+        if (bank := book.source / quizzes.SOURCE).is_file():
+            there = {id for chapter in known for id in exercises_of(chapter)}
+            found += quizzes.problems(quizzes.load_quizzes(bank), known, set(claims), there)
     return found
 
 
@@ -371,11 +375,14 @@ def short_cells(source: Source) -> Iterator[str]:
 def plain_markdown(source: Source) -> Iterator[str]:
     """Markdown is readable in Colab: no directives, no roles, no images without a record."""
     for cell in source.markdown:
+        prose = _CODE.sub(_SPAN, cell.text)
         if _DIRECTIVE.search(cell.text):
             yield f"cell {cell.number}: a directive, raw in Colab; use a quote or <details>"
-        prose = _CODE.sub(_SPAN, cell.text)
-        if _ROLE.search(prose) or "{cite" in prose:
+        elif _ROLE.search(prose) or "{cite" in prose:
             yield f"cell {cell.number}: a role, raw in Colab; use a link"
+        else:
+            for problem in leftovers(cell.text):
+                yield f"cell {cell.number}: {problem}"
         if _IMAGE.search(prose):
             yield f"cell {cell.number}: an image; make it in a cell and use book.show"
 

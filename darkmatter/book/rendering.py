@@ -13,6 +13,8 @@ from urllib.parse import unquote, urlsplit
 from bs4 import BeautifulSoup, Tag
 
 from darkmatter._refusal import Refusal
+from darkmatter.book.links import dead_links
+from darkmatter.book.mending import mend
 from darkmatter.book.paths import Book
 
 COLAB = "https://colab.research.google.com/"
@@ -51,6 +53,7 @@ def render(book: Book) -> Path:
             "expected the book to build without a warning; found:\n"
             + "\n".join(telling or output.splitlines()[-30:])
         )
+    mend(book.html)
     if found := html_problems(book.html, [path.stem for path in book.chapters()]):
         raise RenderFailure("expected HTML that keeps its promises; found:\n" + "\n".join(found))
     return book.html
@@ -61,7 +64,8 @@ def html_problems(html: Path, chapters: Iterable[str]) -> list[str]:
 
     Every image has a sentence as text alternative; no page loads a script, style, font or image
     from outside; every local one exists; formulas are typeset by a local MathJax; each page of
-    `chapters` (names without suffix) offers its notebook in Colab.
+    `chapters` (names without suffix) offers its notebook in Colab; each link inside the book leads
+    to a page and a place that are there.
     """
     found: list[str] = []
     pages = [path for path in sorted(html.rglob("*.html")) if "_static" not in path.parts]
@@ -81,7 +85,7 @@ def html_problems(html: Path, chapters: Iterable[str]) -> list[str]:
             found.append(f"{chapter}.html: missing; is the chapter in _toc.yml?")
         elif not _has_colab_link(page, chapter):
             found.append(f"{chapter}.html: no link that opens {chapter}.ipynb in Colab")
-    return found
+    return found + dead_links(html)
 
 
 def _images(soup: BeautifulSoup) -> Iterator[str]:
@@ -119,6 +123,9 @@ def _local(soup: BeautifulSoup, page: Path, html: Path) -> Iterator[str]:
 
 
 def _formulas(soup: BeautifulSoup) -> Iterator[str]:
+    for formula in soup.select("article span.math"):
+        if "\\\\" in formula.text:
+            yield f"a formula in a line of text has a doubled backslash: {formula.text}"
     if not soup.select("article .math"):
         return
     scripts = [address for tag, address in _fetched(soup) if tag.name == "script"]

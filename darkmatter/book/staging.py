@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 from darkmatter._refusal import Refusal
-from darkmatter.book import pages
+from darkmatter.book import atlas, benchmarks, pages, quizzes
 from darkmatter.book.claims import load_claims
 from darkmatter.book.execution import PACKAGE, executed_notebooks
 from darkmatter.book.notebooks import write_text
 from darkmatter.book.paths import Book, chapter_of
 from darkmatter.book.results import all_records
+from darkmatter.suites import list_suites
 
 GENERATED = ("claims.md", "run_statistics.md", "suite_card.md", "_config.yml")
 # Sources of the machinery, not of the pages.
@@ -52,6 +53,14 @@ def stage(book: Book, suite: str = "pydocs") -> Path:
         "suite_card.md": pages.suite_card_page(card, suite),
         "_config.yml": book.config.read_text(encoding="utf-8"),
     }
+    if (bank := book.source / quizzes.SOURCE).is_file():
+        page = quizzes.quiz_page(quizzes.load_quizzes(bank), files)
+        generated[quizzes.PAGE.as_posix()] = pages.fill_page(page, records, claims, bank.name)
+    if entries := atlas.read_entries(book):
+        generated["atlas.md"] = atlas.atlas_page(entries, list_suites())
+    if (source := book.source / benchmarks.PAGE).is_file():
+        text = source.read_text(encoding="utf-8")
+        generated[benchmarks.PAGE] = benchmarks.benchmarks_page(text, book.source / "results")
     for name, text in generated.items():
         write_text(target / name, text)
         written.add(target / name)
@@ -69,5 +78,6 @@ def _static(book: Book) -> list[Path]:
         if path.is_file()
         and path.suffix != ".ipynb"
         and path.relative_to(book.source).parts[0] not in _NOT_STAGED
+        and path.relative_to(book.source) != quizzes.SOURCE
         and not any(part.startswith((".", "__pycache__")) for part in path.parts[-2:])
     ]

@@ -77,6 +77,8 @@ def test_a_good_chapter_passes(make_book: MakeBook) -> None:
         ("- nowhere", ":::{note}\nnowhere\n:::", "a directive"),
         ("- nowhere", "```{note}\nnowhere\n```", "a directive"),
         ("- nowhere", "{doc}`intro`", "a role"),
+        ("- nowhere", "a **bold", "bold marks, raw in Colab"),
+        ("- nowhere", r"$\\hat x$", "a doubled backslash"),
         ("- nowhere", "![a](b.png)", "an image"),
         ("- nowhere", '<img src="b.png">', "an image"),
         ("figure, axes", 'book.show(1, alt="x")\nfigure, axes', "shows two figures"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -58,12 +59,16 @@ def test_the_ledger_shows_claim_paper_run_and_verdict(executed_once: Book) -> No
     claims = ledger.load_claims(executed_once.claims)
     records = results.all_records(executed_notebooks(executed_once.executed))
     page = pages.ledger_page(claims, records, {"99": "99_mini.ipynb"}, "pydocs")
-    assert "Verdicts: 3 holds." in page
-    assert "0.313 (a large one; read off the figure) | 0.311 (0.305 to 0.317) | **holds** |" in page
+    assert "what holds (3)</label>" in page
+    assert "controls (1)</label>" in page
+    assert "0.313 (a large one; read off the figure) | 0.311 (0.305 to 0.317) <a " in page
+    assert 'href="99_mini.html#value-mini-fvu"' in page
+    assert 'data-clipboard-text="mini-fvu = 0.311 (0.305 to 0.317) (chapter 99' in page
     assert "*Control.* A probe fitted on shuffled rows finds nothing. `mini-shuffled`" in page
     assert "[Read the chapter](99_mini.ipynb)" in page
     unrun = pages.ledger_page(claims, [], {"99": "99_mini.ipynb"}, "pydocs")
-    assert "Verdicts: 3 not run." in unrun
+    assert "what was not run (3)</label>" in unrun
+    assert "#value-" not in unrun
 
 
 def test_the_statistics_name_what_is_over_budget(executed_once: Book) -> None:
@@ -101,7 +106,9 @@ def test_the_page_shows_said_numbers_formulas_and_described_figures(rendered: Bo
     assert "Show the solution" in page
     assert "vnd.darkmatter" not in page
     # The four records of one cell stand in one box.
-    assert "recorded mini-fvu = 0.311 [0.305, 0.317]\nrecorded mini-random" in page
+    line = r"""id="value-mini-fvu">recorded <a href="claims.html#claim-mini-fvu">mini-fvu</a>"""
+    assert re.search(line + r"</span> = 0.311 \[0.305, 0.317\]\n<span [^>]*mini-random", page)
+    assert "unpkg" not in page
 
 
 @pytest.mark.parametrize(
@@ -121,6 +128,8 @@ def test_the_page_shows_said_numbers_formulas_and_described_figures(rendered: Bo
         ("</article>", '<img alt="one two three four" src="/a.png"></article>', "outside the book"),
         ("colab.research.google.com", "example.org", "in Colab"),
         ("mathjax", "mathjam", "no MathJax of its own"),
+        ("</article>", '<a href="gone.html">x</a></article>', "but there is no such file"),
+        ("</article>", '<a href="intro.html#gone">x</a></article>', "that page has no such place"),
     ],
 )  # fmt: skip
 def test_each_broken_promise_is_named(html: Path, old: str, new: str, message: str) -> None:
@@ -136,10 +145,11 @@ def test_good_pages_missing_pages_and_style_sheets(html: Path) -> None:
     assert rendering.html_problems(html, ["99_mini"]) == []
     (html / "_static" / "extra.css").write_text("a { background: url(https://a.org/a.png) }")
     (html / "99_mini.html").unlink()
-    assert rendering.html_problems(html, ["99_mini"]) == [
-        "_static/extra.css: loads https://a.org/a.png from outside",
-        "99_mini.html: missing; is the chapter in _toc.yml?",
-    ]
+    sheet, chapter, *links = rendering.html_problems(html, ["99_mini"])
+    assert sheet == "_static/extra.css: loads https://a.org/a.png from outside"
+    assert chapter == "99_mini.html: missing; is the chapter in _toc.yml?"
+    assert links
+    assert all("99_mini.html" in link and "no such file" in link for link in links)
 
 
 def test_a_warning_of_sphinx_fails_the_build(executed_book: Book) -> None:

@@ -3,75 +3,29 @@
 from __future__ import annotations
 
 import base64
-import io
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
+from darkmatter._drawing import COLOURS, as_png, as_svg, house_settings
 from darkmatter._refusal import Refusal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
-COLOURS: Mapping[str, str] = MappingProxyType(
-    {
-        "activation": "#E69F00",
-        "sae": "#009E73",
-        "absent": "#56B4E9",
-        "linear": "#0072B2",
-        "nonlinear": "#D55E00",
-        "control": "#CC79A7",
-        "highlight": "#F0E442",
-        "paper": "#000000",
-    }
-)
-"""Okabe and Ito's colours, told apart by colour-blind readers too; one role, one colour."""
+__all__ = ["COLOURS", "FIGURE_KEY", "check_words", "show", "use_house_style"]
 
 FIGURE_KEY = "darkmatter"
 _LARGEST_SVG = 600_000
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-_STYLE: dict[str, Any] = {
-    "figure.figsize": (6.4, 4.2),
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    # A white ground of its own: the same figure is read on a dark page.
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "savefig.facecolor": "white",
-    # At 13 points a figure of 6.4 inches is still legible at the 360 pixels of a phone.
-    "font.size": 13,
-    "axes.titlesize": 13,
-    "axes.labelsize": 13,
-    "xtick.labelsize": 12,
-    "ytick.labelsize": 12,
-    "legend.fontsize": 12,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 2.0,
-    "lines.markersize": 6,
-    "image.cmap": "cividis",
-    "axes.grid": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    # Outlines: the same letters on every machine; a fixed salt: the same file at every run.
-    "svg.fonttype": "path",
-    "svg.hashsalt": "darkmatter",
-}
 
 
 def use_house_style() -> None:
     """Set matplotlib's defaults to the style of the book, the cycle to its colours."""
     import matplotlib as mpl
-    from cycler import cycler
 
-    order = ("linear", "nonlinear", "sae", "activation", "absent", "control", "paper")
-    for key, setting in _STYLE.items():
+    for key, setting in house_settings().items():
         mpl.rcParams[cast("RcKeyType", key)] = setting
-    mpl.rcParams["axes.prop_cycle"] = cycler(color=[COLOURS[role] for role in order])
 
 
 def show(figure: Figure, *, alt: str, caption: str, name: str) -> None:
@@ -88,14 +42,10 @@ def show(figure: Figure, *, alt: str, caption: str, name: str) -> None:
     from matplotlib import pyplot
 
     data: dict[str, str] = {"text/plain": alt}
-    image = io.BytesIO()
-    # No software and no date: the same figure is the same file.
-    figure.savefig(image, format="png", metadata={"Software": None})
-    data["image/png"] = base64.b64encode(image.getvalue()).decode()
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
-    if len(drawing.getvalue()) <= _LARGEST_SVG:
-        data["image/svg+xml"] = drawing.getvalue()
+    data["image/png"] = base64.b64encode(as_png(figure)).decode()
+    drawing = as_svg(figure)
+    if len(drawing) <= _LARGEST_SVG:
+        data["image/svg+xml"] = drawing
     pyplot.close(figure)
     display(
         data,

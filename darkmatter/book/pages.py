@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from darkmatter._refusal import Refusal
 from darkmatter.book import prose
 from darkmatter.book.chapter import published
-from darkmatter.book.claims import Claim, Record, verdict_of
+from darkmatter.book.claims import (
+    FAILS,
+    HOLDS,
+    NOT_RUN,
+    WEAKER,
+    Claim,
+    Record,
+    verdict_of,
+)
 from darkmatter.book.execution import METADATA_KEY
 
 if TYPE_CHECKING:
@@ -18,6 +27,27 @@ if TYPE_CHECKING:
 
 BUDGET_SECONDS = 90
 BUDGET_BYTES = 4 * 2**30
+_MARKS = {HOLDS: "holds", WEAKER: "weaker", FAILS: "fails", NOT_RUN: "not-run"}
+_CHOICES = {
+    "holds": "what holds",
+    "weaker": "what is weaker here",
+    "fails": "what does not hold here",
+    "not-run": "what was not run",
+    "control": "controls",
+    "known-truth": "known truths",
+    "value": "other values",
+}
+# Copying needs a script; without one the buttons stay hidden and nothing is missing.
+_COPY = """<script>
+document.addEventListener("DOMContentLoaded", () => {
+  if (!window.ClipboardJS) return;
+  document.querySelectorAll(".ledger-copy").forEach((button) => { button.hidden = false; });
+  new ClipboardJS(".ledger-copy").on("success", (event) => {
+    event.trigger.textContent = "copied";
+    setTimeout(() => { event.trigger.textContent = "copy"; }, 1500);
+  });
+});
+</script>"""
 _KIND = {"claim": "Claim", "control": "Control", "known-truth": "Known truth"}
 
 
@@ -37,40 +67,43 @@ def ledger_page(
         for claim in claims.values()
         if claim.kind != "value"
     }
-    counts = ", ".join(
-        f"{count} {verdict}" for verdict, count in Counter(verdicts.values()).items()
-    )
+    marks = {id: _MARKS[verdict] for id, verdict in verdicts.items()}
     lines = [
         "# Claims ledger",
         "",
         f"Every finding of the book on the suite `{suite}`: what is claimed, what the paper "
         "reports and on which model, what this run found, and whether the claim holds. Brackets "
         "hold the interval from resampling documents. A control passes when the method finds "
-        "nothing where there is nothing.",
+        "nothing where there is nothing. *Cell* leads from a number to the cell that made it.",
         "",
-        f"Verdicts: {counts or 'none yet'}.",
+        _filter([one for one in claims.values() if one.chapter in files], marks),
     ]
     for chapter, file in sorted(files.items()):
         ours = [claim for claim in claims.values() if claim.chapter == chapter]
         if not ours:
             continue
+        page = Path(file).stem
         lines += ["", f"## Chapter {chapter}", "", f"[Read the chapter]({file})"]
         tested = [claim for claim in ours if claim.kind != "value"]
         if tested:
             lines += ["", "| Claim | Paper | This run | Verdict |", "|---|---|---|---|"]
             lines += [
-                _row(_claimed(claim), _paper(claim), _found(recorded.get(claim.id)), verdict)
+                _row(
+                    _claimed(claim, marks[claim.id]),
+                    _paper(claim),
+                    _found(recorded.get(claim.id), page),
+                    f"**{verdicts[claim.id]}**",
+                )
                 for claim in tested
-                for verdict in [f"**{verdicts[claim.id]}**"]
             ]
         others = [claim for claim in ours if claim.kind == "value"]
         if others:
             lines += ["", "| Other value | Paper | This run |", "|---|---|---|"]
             lines += [
-                _row(_claimed(claim), _paper(claim), _found(recorded.get(claim.id)))
+                _row(_claimed(claim, "value"), _paper(claim), _found(recorded.get(claim.id), page))
                 for claim in others
             ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", _COPY]) + "\n"
 
 
 def statistics_page(executed: Mapping[str, NotebookNode], files: Mapping[str, str]) -> str:
@@ -138,9 +171,27 @@ def fill_page(text: str, records: Iterable[Record], claims: Mapping[str, Claim],
     return prose.fill(text, write, static=True)
 
 
-def _claimed(claim: Claim) -> str:
+def _filter(claims: Sequence[Claim], marks: Mapping[str, str]) -> str:
+    """Radio buttons that the style sheet reads: what is chosen decides which rows are seen."""
+    counts = Counter(marks[claim.id] for claim in claims if claim.id in marks)
+    counts["control"] = sum(claim.kind == "control" for claim in claims)
+    counts["known-truth"] = sum(claim.kind == "known-truth" for claim in claims)
+    counts["value"] = sum(claim.kind == "value" for claim in claims)
+    choices = [("all", "everything", len(claims))]
+    choices += [(mark, label, counts[mark]) for mark, label in _CHOICES.items() if counts[mark]]
+    buttons = "".join(
+        f'<span><input type="radio" name="ledger" id="ledger-{mark}"{" checked" * (mark == "all")}>'
+        f'<label for="ledger-{mark}">{label} ({number})</label></span>'
+        for mark, label, number in choices
+    )
+    return f'<fieldset class="ledger-filter"><legend>Show</legend>{buttons}</fieldset>'
+
+
+def _claimed(claim: Claim, mark: str) -> str:
     kind = "" if claim.kind == "value" else f"*{_KIND[claim.kind]}.* "
-    return f"{kind}{claim.statement} `{claim.id}` ({claim.source})"
+    marks = f"ledger-{mark} ledger-{claim.kind}" if claim.kind != mark else f"ledger-{mark}"
+    place = f'<span id="claim-{claim.id}" class="{marks}"></span>'
+    return f"{place}{kind}{claim.statement} `{claim.id}` ({claim.source})"
 
 
 def _paper(claim: Claim) -> str:
@@ -149,8 +200,17 @@ def _paper(claim: Claim) -> str:
     return f"{published(claim)} ({claim.paper.model}; {claim.paper.certainty})"
 
 
-def _found(record: Record | None) -> str:
-    return "not run" if record is None else prose.written(record.value, record.interval)
+def _found(record: Record | None, page: str) -> str:
+    if record is None:
+        return "not run"
+    said = prose.written(record.value, record.interval)
+    copied = html.escape(f"{record.id} = {said} (chapter {record.chapter}, suite {record.suite})")
+    return (
+        f'{said} <a class="ledger-cell" href="{page}.html#value-{record.id}" '
+        f'aria-label="the cell that made {record.id}">cell</a>'
+        f'<button type="button" class="ledger-copy" data-clipboard-text="{copied}" '
+        f'aria-label="copy {record.id}" hidden>copy</button>'
+    )
 
 
 def _row(*cells: str) -> str:

@@ -34,8 +34,9 @@ from darkmatter.sparse import SparseCode
 
 Case = Literal["worst", "typical"]
 
-# Cosines of one chunk of rows with all directions: this many numbers (32 MB of float32).
-_CHUNK = 1 << 23
+# Cosines of one chunk of rows with all directions: this many numbers (32 MB of float32). On a GPU
+# more, so that products have enough rows to be fast.
+_CHUNK, _GPU_CHUNK = 1 << 23, 1 << 27
 # Step of the integral over cosines; its integrand is a smooth step, wider than this below d = 10^6.
 _STEP = 1e-4
 # Each brings the rms cosine of a drawn control some ten times closer to that asked for.
@@ -96,7 +97,8 @@ def _nearest(units: Tensor, others: Tensor | None, k: int) -> Iterator[Neighbour
     """The k nearest of the rows of units, chunk by chunk; of one another if others is None."""
     targets = (units if others is None else others.to(units)).T
     m = targets.shape[1]
-    rows = max(1, min(len(units), _CHUNK // m))
+    chunk = _CHUNK if units.device.type == "cpu" else _GPU_CHUNK
+    rows = max(1, min(len(units), chunk // m))
     buffer = units.new_empty(rows, m)
     for start in range(0, len(units), rows):
         part = units[start : start + rows]

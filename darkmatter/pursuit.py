@@ -36,10 +36,15 @@ from darkmatter._refusal import Refusal
 from darkmatter.leastsquares import finite_rows
 from darkmatter.sparse import SparseCode
 
-# Correlations of one chunk of tokens with all atoms: this many numbers (32 MB of float32).
-_CHUNK = 1 << 23
+# Correlations of one chunk of tokens with all atoms: at most this many numbers (64 MB of float32),
+# twice; more on a GPU, so that products have enough rows to be fast. And at most so many tokens:
+# with more, what belongs to a chunk leaves a core's cache.
+_CHUNK, _GPU_CHUNK, _TOKENS = 1 << 24, 1 << 27, 2048
 # Gram rows are kept for dictionaries up to this many atoms: 1 GiB of float32 if all become active.
 _GRAM_ATOMS = 1 << 14
+# Correlations with so many atoms at a time, where Gram rows are summed: these columns of all rows
+# stay in a cache for all tokens of a chunk, and so do the sums while the largest is sought.
+_COLUMNS = 128
 # Below this share of the largest diagonal a pivot of a Gram block is rounding: directions repeat.
 _PIVOT = 1e-11
 
@@ -172,7 +177,9 @@ def _by_chunks(pursue: _Chunk, signal: Tensor, atoms: Tensor, steps: Tensor) -> 
     indices = torch.zeros(n, k, dtype=torch.int64, device=signal.device)
     gram = _Gram(atoms)
     order = steps.argsort(descending=True, stable=True)
-    for rows in order.split(max(32, _CHUNK // len(atoms))):
+    on_cpu = atoms.device.type == "cpu"
+    at_a_time = min(_TOKENS, _CHUNK // len(atoms)) if on_cpu else _GPU_CHUNK // len(atoms)
+    for rows in order.split(max(32, at_a_time)):
         own = steps[rows]
         width = int(own[0]) if len(own) else 0
         if width == 0:
@@ -190,8 +197,8 @@ class _Gram:
     """Rows of the Gram matrix D D^T, each computed when its atom first becomes active.
 
     Correlations after a step follow from the first ones, D s - sum_j w_j (D D^T)_j: that reads m
-    numbers for each active atom and needs no product with the dictionary.  Only rows written to
-    take up memory.
+    numbers for each active atom and needs no product with the dictionary.  The rows are kept in
+    pieces of some columns.
     """
 
     def __init__(self, atoms: Tensor) -> None:
@@ -199,36 +206,88 @@ class _Gram:
         self.atoms = atoms
         self.known = torch.zeros(m, dtype=torch.bool, device=atoms.device)
         # A product costs d multiplications an atom, the sum of k rows k reads: measured equal at
-        # about k = d / 16 on CPUs.  GPUs are so much better at products that they always win.
-        self.limit = d // 16 if m <= _GRAM_ATOMS and atoms.device.type == "cpu" else 0
-        self.rows = atoms.new_empty(m, m) if self.limit else atoms.new_empty(0, m)
+        # about k = d / 4 on CPUs.  GPUs are so much better at products that they always win.
+        self.limit = d // 4 if m <= _GRAM_ATOMS and atoms.device.type == "cpu" else 0
+        self.columns = min(m, _COLUMNS) if self.limit else m
+        self.pieces = [
+            atoms.new_empty(m if self.limit else 0, len(part)) for part in atoms.split(self.columns)
+        ]
 
     def learn(self, indices: Tensor) -> None:
         new = indices.unique()
         new = new[~self.known[new]]
         if self.limit and len(new):
-            self.rows[new] = self.atoms[new] @ self.atoms.T
+            rows = self.atoms[new] @ self.atoms.T
+            for piece, part in zip(self.pieces, rows.split(self.columns, dim=1), strict=True):
+                piece[new] = part
             self.known[new] = True
 
-    def correlations(
-        self, signal: Tensor, first: Tensor, values: Tensor, indices: Tensor
-    ) -> Float[Tensor, "n m"]:
-        """D (s - w D) of each row; `first` is D s."""
-        if values.shape[1] == 0:
-            return first
-        if values.shape[1] <= self.limit:
-            explained = embedding_bag(indices, self.rows, per_sample_weights=values, mode="sum")
-            return torch.sub(first, explained, out=explained)
-        residual = signal - embedding_bag(
-            indices, self.atoms, per_sample_weights=values, mode="sum"
-        )
-        return residual @ self.atoms.T
+    def rows(self, indices: Tensor) -> Float[Tensor, "n m"]:
+        """Gram rows of some atoms, which must have been learned."""
+        return torch.cat([piece[indices] for piece in self.pieces], dim=1)
+
+
+class _Correlations:
+    """D r of every row of a chunk, in pieces of some atoms: [pieces, n, columns]."""
+
+    def __init__(self, signal: Tensor, gram: _Gram) -> None:
+        self.signal, self.gram = signal, gram
+        shape = (len(gram.pieces), len(signal), gram.columns)
+        # -inf behind the last atom, where the last piece is narrower.
+        self.first, self.now = (signal.new_full(shape, -torch.inf) for _ in range(2))
+        self._spread(signal, self.first)
+        self._entries = self.now.view(-1)
+        self._row = torch.arange(len(signal), device=signal.device)
+
+    def _spread(self, residual: Tensor, out: Tensor) -> None:
+        """D residual into the pieces `out`."""
+        if len(out) == 1:
+            torch.mm(residual, self.gram.atoms.T, out=out[0])
+            return
+        products = (residual @ self.gram.atoms.T).split(self.gram.columns, dim=1)
+        for piece, part in zip(out, products, strict=True):
+            piece[:, : part.shape[1]] = part
+
+    def update(self, values: Tensor, indices: Tensor) -> Int64[Tensor, "n"]:
+        """Correlations with signal - values D in the first rows; the atom of the largest of each.
+
+        Of equals the first.
+        """
+        n, k = values.shape
+        gram, now = self.gram, self.now[:, :n]
+        if k > gram.limit:
+            explained = embedding_bag(indices, gram.atoms, per_sample_weights=values, mode="sum")
+            self._spread(self.signal[:n] - explained, now)
+        largest = now.new_empty(len(now), n)
+        for first, rows, piece, out in zip(
+            self.first[:, :n], gram.pieces, now, largest, strict=True
+        ):
+            width = rows.shape[1]
+            if k == 0:
+                piece.copy_(first)
+            elif k <= gram.limit:
+                explained = embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
+                torch.sub(first[:, :width], explained, out=piece[:, :width])
+            if len(now) > 1:
+                torch.amax(piece, dim=1, out=out)
+        if len(now) == 1:
+            return _argmax(now[0])
+        best = largest.argmax(0)
+        winners = self._entries.view(-1, gram.columns)[best * len(self.signal) + self._row[:n]]
+        return best * gram.columns + winners.argmax(1)
+
+    def at(self, indices: Tensor) -> Float[Tensor, "n k"]:
+        """Correlations with these atoms of the first rows."""
+        columns, row = self.gram.columns, self._row[: len(indices), None]
+        # Place in [pieces, n, columns], as piece * columns is in the index already.
+        place = indices + columns * (indices // columns * (len(self.signal) - 1) + row)
+        return self._entries.index_select(0, place.flatten()).view_as(place)
 
 
 def _gradient_chunk(
     signal: Tensor, atoms: Tensor, gram: _Gram, live: list[int]
 ) -> tuple[Tensor, Tensor]:
-    first = signal @ atoms.T
+    correlations = _Correlations(signal, gram)
     # A gradient this small is the rounding of the correlations; along it t may be anything.
     rounding = torch.finfo(signal.dtype).eps * atoms.norm(dim=1).max()
     nothing = (rounding * signal.norm(dim=1)).square()
@@ -236,8 +295,7 @@ def _gradient_chunk(
     indices = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
     for step, n in enumerate(live):
         past, w = indices[:n, :step], values[:n, : step + 1]
-        correlation = gram.correlations(signal[:n], first[:n], w[:, :step], past)
-        best = _argmax(correlation)
+        best = correlations.update(w[:, :step], past)
         # Later steps read no Gram rows, and there is none after the last.
         if step < min(gram.limit, len(live) - 1):
             gram.learn(best)
@@ -245,7 +303,7 @@ def _gradient_chunk(
         active = w != 0
         # An atom that is active already keeps its place; one that was clipped gets a new one.
         active[:, step] = ~(active[:, :step] & (past == best[:, None])).any(1)
-        g = correlation.gather(1, indices[:n, : step + 1]) * active
+        g = correlations.at(indices[:n, : step + 1]) * active
         along = embedding_bag(
             indices[:n, : step + 1], atoms, per_sample_weights=g, mode="sum"
         ).square()
@@ -266,7 +324,7 @@ def _matching_chunk(
         best = _argmax(correlation[:n])
         gram.learn(best)
         gain = correlation[:n].gather(1, best[:, None])[:, 0].relu()
-        correlation[:n] -= gain[:, None] * (gram.rows[best] if gram.limit else unit[best] @ unit.T)
+        correlation[:n] -= gain[:, None] * (gram.rows(best) if gram.limit else unit[best] @ unit.T)
         indices[:n, step] = best
         # Where the atom has been selected before, its first place takes the weight.
         place = (indices[:n, : step + 1] == best[:, None]).to(torch.int8).argmax(1, keepdim=True)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from darkmatter._refusal import Refusal
 from darkmatter.intervals import Interval, bootstrap
-from darkmatter.leastsquares import finite_rows, is_constant
+from darkmatter.leastsquares import finite_rows, float64_blocks, is_constant
 
 # Below these the law is a straight line in log width; above, a step at the smallest width.
 _EXPONENTS = np.geomspace(1e-4, 20, 240)
@@ -36,6 +36,8 @@ _EXPONENTS = np.geomspace(1e-4, 20, 240)
 _EXACT = 1e-13
 # Below this determinant of their correlations, two columns of norms are one.
 _COLLINEAR = 1e-10
+# So many rows of norms stay in a core's cache from their conversion to their product.
+_ROWS = 2048
 # A share of the variance below this is float64 rounding of sums: nothing is left to explain.
 _NOTHING_LEFT = 1e-12
 
@@ -147,9 +149,15 @@ class _Fits(NamedTuple):
     slope: NDArray[np.float64]
 
 
-class _Points(NamedTuple):
-    log_width: NDArray[np.float64]
-    fvu: NDArray[np.float64]
+class _Points:
+    """The points of a fit; `at` is called hundreds of times on them, so what it repeats is kept."""
+
+    def __init__(self, log_width: NDArray[np.float64], fvu: NDArray[np.float64]) -> None:
+        self.log_width, self.fvu = log_width, fvu
+        self.smallest = float(log_width.min())
+        self.above = log_width - self.smallest
+        self.mean = float(fvu.mean())
+        self.centred = fvu - self.mean
 
     def at(
         self,
@@ -162,21 +170,21 @@ class _Points(NamedTuple):
         In terms of height = scale * (smallest width)^-exponent, so that the regressor is in (0, 1].
         If the free solution has one parameter negative, the constrained one has it at 0.
         """
-        smallest = self.log_width.min()
-        regressor = np.exp(-np.outer(exponents, self.log_width - smallest))
+        regressor = np.exp(-(exponents[:, None] * self.above))
         if log_scale is not None:
-            height = np.exp(log_scale - exponents * smallest)
-            floors = (self.fvu - height[:, None] * regressor).mean(1).clip(min=0)
+            height = np.exp(log_scale - exponents * self.smallest)
+            floors = np.maximum((self.fvu - height[:, None] * regressor).mean(1), 0)
         elif floor is not None:
             floors = np.full(len(exponents), floor)
-            height = (regressor @ (self.fvu - floor) / (regressor**2).sum(1)).clip(min=0)
+            height = np.maximum(regressor @ (self.fvu - floor) / (regressor**2).sum(1), 0)
         else:
-            centred = regressor - regressor.mean(1, keepdims=True)
-            height = (centred @ (self.fvu - self.fvu.mean()) / (centred**2).sum(1)).clip(min=0)
-            floors = self.fvu.mean() - height * regressor.mean(1)
+            level = regressor.sum(1) / len(self.fvu)
+            centred = regressor - level[:, None]
+            height = np.maximum(centred @ self.centred / (centred**2).sum(1), 0)
+            floors = self.mean - height * level
             through_zero = regressor @ self.fvu / (regressor**2).sum(1)
             height = np.where(floors < 0, through_zero, height)
-            floors = floors.clip(min=0)
+            floors = np.maximum(floors, 0)
         residuals = self.fvu - floors[:, None] - height[:, None] * regressor
         # The free parameters are at their optimum, so rss moves with the exponent only directly.
         slope = 2 * height * ((residuals * regressor) @ self.log_width)
@@ -203,7 +211,7 @@ class _Points(NamedTuple):
         log_height = math.log(height) if falls else -math.inf
         return _Fit(
             float(fit.floor[0]),
-            log_height + exponent * float(self.log_width.min()),
+            log_height + exponent * self.smallest,
             exponent,
             float(fit.rss[0]),
         )
@@ -317,16 +325,22 @@ class NormMoments:
             )
         if len(norms) == 0:
             return self
-        norms, document = norms.detach().cpu().to(torch.float64), document.cpu().to(torch.int64)
+        norms, document = norms.detach().cpu(), document.cpu().to(torch.int64)
         if self.n == 0:
-            self.shift = norms.mean(0)
+            self.shift = norms[:_ROWS].to(torch.float64).mean(0)
         if bool((document.diff() < 0).any()):
             order = document.argsort(stable=True)
             norms, document = norms[order], document[order]
         present, counts = document.unique_consecutive(return_counts=True)
-        parts = (norms - self.shift).split(cast("list[int]", counts.tolist()))
-        totals = torch.stack([part.sum(0) for part in parts])
-        products = torch.stack([(part.T @ part).flatten() for part in parts])
+        totals = torch.zeros(len(present), self.columns, dtype=torch.float64)
+        products = torch.zeros(len(present), self.columns, self.columns, dtype=torch.float64)
+        parts = norms.split(cast("list[int]", counts.tolist()))
+        for part, total, product in zip(parts, totals, products, strict=True):
+            for (block,) in float64_blocks(part, rows=_ROWS):
+                z = block - self.shift
+                total += z.sum(0)
+                product.addmm_(z.T, z)
+        products = products.flatten(1)
         self._add(present, torch.cat([counts[:, None].to(torch.float64), totals, products], 1))
         return self
 

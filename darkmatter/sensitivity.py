@@ -23,7 +23,7 @@ stable regions in the residual stream of LLMs").
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -181,13 +181,13 @@ def isotropic(
 
 
 def kl_divergence(
-    log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]
-) -> Float[Tensor, "*b"]:
+    log_p: Float[Tensor, "*#b v"], log_q: Float[Tensor, "*#b v"]
+) -> Float[Tensor, "*#b"]:
     """KL( p || q ) in nats, from log-probabilities."""
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
 
 
-def root_js(log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
+def root_js(log_p: Float[Tensor, "*#b v"], log_q: Float[Tensor, "*#b v"]) -> Float[Tensor, "*#b"]:
     """Square root of the Jensen-Shannon divergence to base 2: a metric, from 0 to 1."""
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     nats = 0.5 * (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m))
@@ -241,13 +241,22 @@ def curves(
         for first in range(0, len(points), at_a_time):
             piece = slice(first, first + at_a_time)
             response = _response(run, points[piece], path[owner[piece]])
-            for name in read:
-                measure = _MEASURES.get(name, _l2)
-                of = hooks.get(name, KL)
-                pieces[name].append(measure(base[of][owner[piece]], response[of]))
+            # One path at a time: its base is one row then, not a copy of it for each point.
+            for i, points_of in _runs(first, min(first + at_a_time, len(points)), s - 1):
+                for name in read:
+                    measure = _MEASURES.get(name, _l2)
+                    of = hooks.get(name, KL)
+                    pieces[name].append(measure(base[of][i], response[of][points_of]))
         for name in read:
             found[name][chosen, 1:] = torch.cat(pieces[name]).reshape(len(rows), s - 1)
     return {name: curve.reshape(b, k, s) for name, curve in found.items()}
+
+
+def _runs(start: int, stop: int, length: int) -> Iterator[tuple[int, slice]]:
+    """Paths of some length that points start to stop belong to, and which of these points those."""
+    for path in range(start // length, -(-stop // length)):
+        rows = max(start, path * length), min(stop, (path + 1) * length)
+        yield path, slice(rows[0] - start, rows[1] - start)
 
 
 def _response(run: LastPosition, x: Tensor, prompt: Tensor) -> dict[str, Tensor]:

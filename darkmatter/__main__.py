@@ -214,6 +214,8 @@ def _inputs(options: argparse.Namespace) -> _Inputs:
     given = [documents is not None, options.tokens_file is not None]
     if all(given):
         raise Refusal("Text was named twice; choose one of --text, --dataset and --tokens-file.")
+    if options.suite is not None and getattr(options, "remote", False):
+        raise Refusal("A suite is opened here; name its model with --model to survey it --remote.")
     if options.suite is None and not options.sae:
         raise Refusal("No SAE was named; name one or more with --sae, or a --suite.")
     if options.suite is None and not any(given):
@@ -227,7 +229,8 @@ def _inputs(options: argparse.Namespace) -> _Inputs:
         from darkmatter.autoencoders import open_autoencoders
         from darkmatter.models import open_model
 
-        model = open_model(options.model, options.backend, device, dtype)
+        remote = getattr(options, "remote", False)
+        model = open_model(options.model, options.backend, device, dtype, remote=remote)
         saes: Any = open_autoencoders(options.sae, model, options.hook)
         hooks, widths, skip = saes.hooks, saes.widths, 32
     else:
@@ -424,6 +427,11 @@ def _parser() -> argparse.ArgumentParser:
         dest="downstream",
         action="store_false",
         help="no cross entropy and KL of the spliced model, most of the time taken",
+    )
+    work.add_argument(
+        "--remote",
+        action="store_true",
+        help="sum up on NDIF, which runs --model (--backend nnsight, a key in NDIF_API_KEY)",
     )
     work.add_argument(
         "--one-at-a-time",

@@ -77,6 +77,27 @@ def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) ->
     return _from_hub(_ALIASES.get(name, name), revision)
 
 
+def locate_without_weights(
+    name_or_path: str | os.PathLike[str], revision: str | None = None
+) -> tuple[str, Path]:
+    """Repository of a hub name, and the folder of its config and tokenizer, for a model that runs
+    elsewhere. Raises Refusal for a folder, and as `fetch`."""
+    name = os.fspath(name_or_path)
+    if Path(name).expanduser().is_dir() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise Refusal(
+            f"{name!r} is no hub name, expected one such as 'openai-community/gpt2' for a model "
+            "that runs elsewhere; pass its name, or open it here."
+        )
+    repository = _ALIASES.get(name, name)
+    config = fetch(repository, _CONFIG, revision)
+    if config is None:
+        raise Refusal(f"The hub's {repository!r} has no {_CONFIG}; give the name of a model.")
+    if not any((config.parent / file).is_file() for file in _TOKENIZERS):
+        for file in _OPTIONAL:
+            fetch(repository, file, revision)
+    return repository, config.parent
+
+
 def is_cached(repository: str) -> bool:
     """Whether anything of a repository is in the local Hugging Face cache."""
     return (_in_cache(repository) / "snapshots").is_dir()

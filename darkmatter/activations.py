@@ -108,7 +108,7 @@ def stream(
     hook: str | Sequence[str],
     tokens: Tokens,
     skip: int = 32,
-    special: Sequence[int] = (0,),
+    special: Sequence[int] | None = None,
     batch_contexts: int = 16,
     start: int = 0,
     stop: int | None = None,
@@ -116,7 +116,8 @@ def stream(
     """Activations of every token that counts, in order, from one forward per batch of contexts.
 
     Left out: the first `skip` positions of a context, its last position (it has no next token, so
-    no loss), and positions whose own token is `special`. Several hooks are read in the same
+    no loss), and positions whose own token is `special` (None: one of those of the tokenizer, in
+    `pydocs` token 0). Several hooks are read in the same
     forward; the first is `Batch.x`, the others are in `Batch.others`. Tensors are on the model's
     device. Only the contexts from `start` to before `stop` are read. A batch for which the device
     has no memory is run in halves, as are those that follow, which a RuntimeWarning says.
@@ -152,9 +153,8 @@ def stream(
             f"{context} (document {tokens.names[int(tokens.document[context])]!r}) is outside the "
             f"vocabulary of {model.vocabulary} of {model.name}; use the model's own tokenizer."
         )
-    counts = ~torch.isin(tokens.tokens, torch.tensor(list(special), dtype=torch.int64))
-    counts[:, :skip] = False
-    counts[:, -1] = False
+    special = model.tokenizer.all_special_ids if special is None else special
+    counts = measured(tokens.tokens, skip, special)
     if not bool(counts.any()):
         raise Refusal(
             f"No token is left: of {tokens.n_tokens}, all are special {list(special)} or among the "
@@ -163,6 +163,16 @@ def stream(
     stop = tokens.n_contexts if stop is None else min(stop, tokens.n_contexts)
     parts = [slice(i, min(i + batch_contexts, stop)) for i in range(start, stop, batch_contexts)]
     return _batches(model, hooks, tokens, counts, parts)
+
+
+def measured(
+    tokens: Int64[Tensor, "c p"], skip: int, special: Sequence[int]
+) -> Bool[Tensor, "c p"]:
+    """Which positions count: not the first `skip`, the last of a context or a special token."""
+    counts = ~torch.isin(tokens, torch.tensor(list(special), dtype=torch.int64))
+    counts[:, :skip] = False
+    counts[:, -1] = False
+    return counts
 
 
 def _batches(

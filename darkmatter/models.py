@@ -20,7 +20,7 @@ import inspect
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,10 +31,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from darkmatter._hub import locate
+from darkmatter._hub import locate, locate_without_weights
 from darkmatter._refusal import Refusal
 
 Backend = Literal["bridge", "nnsight"]
+Remote = bool | Literal["local"]
 Replacement = Callable[[Tensor], Tensor]
 """Maps activations [b, p, d] of a hook to what goes on in their place, of the same shape."""
 
@@ -77,10 +78,13 @@ class Model(ABC):
 
     `name` as given, `backend`, `d_model`, `n_layer`, `n_context` (longest context), `vocabulary`
     (number of token ids), `hooks` (every hook point that can be read and replaced), `device`,
-    `dtype`, and `underlying`, the TransformerBridge or nnsight object itself.
+    `dtype`, and `underlying`, the TransformerBridge or nnsight object itself. `remote`: see
+    `open_model`; `checkpoint`: name and revision on the hub of one that runs elsewhere.
     """
 
     backend: Backend
+    remote: Remote = False
+    checkpoint: str = ""
     underlying: Any
     hooks: tuple[str, ...]
 
@@ -583,17 +587,27 @@ class _NnsightModel(Model):
     backend = "nnsight"
 
     def __init__(self, name: str, folder: Path, network: Any) -> None:
-        from nnsight.modeling.transformers import TransformersModel
-
         super().__init__(name, folder, network)
-        self.underlying = TransformersModel(
-            network, tokenizer=load_tokenizer(folder), task="text-generation"
-        )
+        self.underlying = self._wrapped(network)
         self._sites: dict[str, tuple[Any, Literal["input", "output"]]] = {}
         for block, module in enumerate(_layers(self.underlying, network)):
             for stage, site in _sites(module, name).items():
                 self._sites[f"blocks.{block}.{stage}"] = site
         self.hooks = tuple(self._sites)
+
+    def _wrapped(self, network: Any) -> Any:
+        from nnsight.modeling.transformers import TransformersModel
+
+        return TransformersModel(network, tokenizer=self.tokenizer, task="text-generation")
+
+    def sites(self, hooks: Iterable[str]) -> list[tuple[str, Any, Literal["input", "output"]]]:
+        """Hook, nnsight's module and its side, in the order in which a forward comes by."""
+        return [(hook, *self._sites[hook]) for hook in sorted(hooks, key=self.hooks.index)]
+
+    def rejoins(self, hook: str) -> Any:
+        """The block whose output gets what is put at its resid_mid (see `_Visit`), or None."""
+        block, stage = _stage(hook)
+        return self._sites[f"blocks.{block}.{RESID_POST}"][0] if stage == RESID_MID else None
 
     def _forward(self, tokens: Tensor, visit: _Visit) -> Tensor | None:
         sites = [(point, *self._sites[point]) for point in visit.points]
@@ -615,6 +629,56 @@ class _NnsightModel(Model):
             else:
                 output = self.underlying.output.save()
         return output.logits if visit.with_logits else None
+
+
+class _RemoteModel(_NnsightModel):
+    """A model that NDIF runs: config and tokenizer are here, the weights are not."""
+
+    remote = True
+
+    def __init__(self, name: str, folder: Path, underlying: Any) -> None:
+        self._whole = underlying
+        super().__init__(name, folder, underlying._module)
+        # Where what comes back goes; the network is on the meta device.
+        self.device = torch.device("cpu")
+
+    def _wrapped(self, network: Any) -> Any:
+        return self._whole
+
+    def _forward(self, tokens: Tensor, visit: _Visit) -> Tensor | None:
+        raise Refusal(
+            f"{self.name} runs elsewhere (remote=True) and gives no activations or logits, only "
+            "what a survey sums up there; open it without remote for anything else."
+        )
+
+
+def _open_remote(
+    name_or_path: str | os.PathLike[str], revision: str | None, centred: bool
+) -> _RemoteModel:
+    from darkmatter.remote import api_key
+
+    api_key()
+    name = os.fspath(name_or_path)
+    if centred:
+        raise Refusal(
+            f"The weights of {name} are not here to be centred (remote=True); pass centred=False."
+        )
+    repository, folder = locate_without_weights(name_or_path, revision)
+    from nnsight.modeling.transformers import TransformersModel
+
+    with _named(folder):
+        # Of the folder, which asks nobody; NDIF knows the model by its name.
+        underlying = TransformersModel(
+            str(folder),
+            tokenizer=load_tokenizer(folder),
+            task="text-generation",
+            # As load_transformers: NDIF runs the model with the attention it has here.
+            attn_implementation="eager",
+        )
+    underlying.repo_id, underlying.revision = repository, revision
+    model = _RemoteModel(name, folder, underlying)
+    model.checkpoint = f"{repository} {revision}"
+    return model
 
 
 def _layers(model: Any, network: Any) -> Any:
@@ -670,6 +734,7 @@ def open_model(
     check: bool = True,
     revision: str | None = None,
     centred: bool = False,
+    remote: Remote = False,
 ) -> Model:
     """Open a causal language model from a Hugging Face folder or a hub name.
 
@@ -680,16 +745,29 @@ def open_model(
     states of every block and log-probabilities are compared with plain transformers' on one fixed
     batch (random ids, seed 0), and the parts of every block with their sum.
 
+    remote=True (with backend="nnsight" and a hub name): the model is one that NDIF runs, whose key
+    is in the environment as NDIF_API_KEY. Of its files only config and tokenizer are fetched, and
+    all that can be done with it is `survey`, which sums up where the activations are. NDIF itself
+    was never called in tests. remote="local": surveys go the same way, but the model is opened and
+    run here, as a rehearsal.
+
     Raises Refusal for an unknown backend, a device that is not there, a missing folder, config,
     weight or tokenizer, a name that is not cached when the hub does not answer or does not give it
-    (within 5 s), a model that cannot be centred, and BackendDisagreement, naming hook and size,
-    when the check fails.
+    (within 5 s), a model that cannot be centred, `remote` without a key, and BackendDisagreement,
+    naming hook and size, when the check fails.
     """
     if backend not in _BACKENDS:
         raise Refusal(f"There is no backend {backend!r}; choose one of {', '.join(_BACKENDS)}.")
     if dtype not in _TOLERANCE:
         known = ", ".join(str(kind) for kind in _TOLERANCE)
         raise Refusal(f"dtype is {dtype}, expected one of {known}.")
+    if remote and (remote not in (True, "local") or backend != "nnsight"):
+        raise Refusal(
+            f"remote is {remote!r} and the backend {backend!r}, expected True or 'local' with "
+            "backend='nnsight'; pass both."
+        )
+    if remote is True:
+        return _open_remote(name_or_path, revision, centred)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise Refusal(f"The device is {device!r}, but no GPU is there; pass device='cpu'.")
     folder = locate(name_or_path, revision)
@@ -703,6 +781,7 @@ def open_model(
     model = kind(name, folder, network)
     if reference is not None:
         compare_with_transformers(model, reference)
+    model.remote = remote
     return model
 
 

@@ -10,6 +10,7 @@ from darkmatter._refusal import Refusal
 from darkmatter.activations import Tokens, stream
 from darkmatter.autoencoders import check_fits, hook_of
 from darkmatter.passes import About, Work
+from darkmatter.remote import api_key, recipe
 from darkmatter.shards import FORMAT, fingerprint, hash_tensors, hash_text, identity_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def planned(
     checkpoint_tokens: int,
 ) -> Work:
     """All that can be refused is, before anything runs."""
+    if model.remote is True:
+        api_key()
     if not saes:
         raise Refusal("expected at least one SAE, got an empty mapping; pass {name: sae}")
     if checkpoint_tokens < 1:
@@ -57,6 +60,8 @@ def planned(
                 f"{name!r} writes width {int(sae.W_dec.shape[1])}, but activations at {hook} have "
                 f"{model.width(hook)}; expected an SAE, which writes what it reads."
             )
+        if model.remote:
+            recipe(name, sae)
         about[name] = About(hook, int(sae.cfg.d_sae), fingerprint(sae))
     hooks = tuple(dict.fromkeys(one.hook for one in about.values()))
     usable = fit.n_contexts * (fit.tokens.shape[1] - skip - 1)
@@ -82,6 +87,9 @@ def _documents_of(tokens: Tokens) -> set[str]:
 def described(work: Work, seed: int, resamples: int) -> dict[str, Any]:
     """What is computed on what; `identity` is of the inputs and the settings."""
     inputs = {"model": hash_tensors(dict(work.model.network.state_dict()))}
+    if work.model.remote is True:
+        # Its weights are not here: the name of the checkpoint stands for them.
+        inputs["model"] = hash_text(f"{work.model.checkpoint} {inputs['model']}")
     inputs |= {f"SAE {name!r}": one.sha256 for name, one in work.about.items()}
     documents = {"fit": list(work.fit.names)}
     if work.test.names != work.fit.names:
@@ -101,6 +109,7 @@ def described(work: Work, seed: int, resamples: int) -> dict[str, Any]:
             "d_model": work.model.d_model,
             "n_layer": work.model.n_layer,
             "vocabulary": work.model.vocabulary,
+            **({"remote": work.model.remote} if work.model.remote else {}),
         },
         "saes": {n: {"hook": one.hook, "d_sae": one.d_sae} for n, one in work.about.items()},
         "inputs": inputs,

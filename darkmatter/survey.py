@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 from torch import Tensor
 
+from darkmatter import remote
 from darkmatter._files import replacing, sha256_of, verify_sha256
 from darkmatter._refusal import Refusal
 from darkmatter.activations import Tokens
@@ -230,7 +231,7 @@ def survey(
     *,
     shard: tuple[int, int],
     one_at_a_time: bool = False,
-    checkpoint_tokens: int = 1 << 15,
+    checkpoint_tokens: int | None = None,
 ) -> Path: ...
 @overload
 def survey(
@@ -250,7 +251,7 @@ def survey(
     progress: bool = False,
     shard: None = None,
     one_at_a_time: bool = False,
-    checkpoint_tokens: int = 1 << 15,
+    checkpoint_tokens: int | None = None,
 ) -> Survey: ...
 def survey(
     model: Model,
@@ -269,7 +270,7 @@ def survey(
     progress: bool = False,
     shard: tuple[int, int] | None = None,
     one_at_a_time: bool = False,
-    checkpoint_tokens: int = 1 << 15,
+    checkpoint_tokens: int | None = None,
 ) -> Survey | Path:
     """Split the error of every SAE into its linear and nonlinear part and score both.
 
@@ -278,10 +279,10 @@ def survey(
     (by default those of the tokenizer) and the last position of a context are left out.
     `downstream` also splices the SAEs into the model, which is most of the work then.
 
-    `folder`: everything is written there, the work so far every `checkpoint_tokens` tokens (the
-    moments of the first pass, which are large, at most twice a minute). A run that was killed goes
-    on with `resume` and gives the same bytes; `force` replaces a survey that is there. Memory does
-    not grow with the tokens, except by the tokens themselves.
+    `folder`: everything is written there, the work so far every `checkpoint_tokens` tokens (32768;
+    the moments of the first pass, which are large, at most twice a minute). A run that was killed
+    goes on with `resume` and gives the same bytes; `force` replaces a survey that is there. Memory
+    does not grow with the tokens, except by the tokens themselves.
     `one_at_a_time`: SAEs are taken from `saes`, which may load them, when their turn comes, and the
     model is run once for each. `progress`: a bar on stderr.
 
@@ -290,10 +291,15 @@ def survey(
     Survey. Under torchrun (RANK and WORLD_SIZE are set) the processes do this by themselves in a
     folder that all can reach. Numbers agree with those of one process to 1e-10.
 
+    A model that runs elsewhere (`open_model(..., remote=True)`) sums up there and sends no
+    activations, `checkpoint_tokens` (262144) tokens a request; see `remote`.
+
     Raises Refusal for no SAE, an SAE that does not fit the model, documents shared by fit and
     test, fewer fit tokens than d_model + 1, a folder that is in use, that has something else in it
     or that was begun with other inputs (naming them), and a shard that does not exist.
     """
+    if checkpoint_tokens is None:
+        checkpoint_tokens = remote.TOKENS if model.remote else 1 << 15
     work = planned(
         model, saes, tokens, test, skip, seed, share, special, downstream, one_at_a_time,
         checkpoint_tokens,
@@ -426,6 +432,9 @@ def _scored(
         if first >= len(cut):
             continue
         saes = {name: work.saes[name] for names in hooks.values() for name in names}
+        if work.model.remote:
+            yield from (remote.score_part(work, fitted, saes, part, tick) for part in cut[first:])
+            continue
         for part, batches in work.read(list(hooks), work.test, share, cut[first].start):
             yield score_part(work, fitted, saes, part, batches, tick)
 
@@ -433,12 +442,14 @@ def _scored(
 def _in_memory(work: Work, description: dict[str, Any], progress: bool) -> Survey:
     import pyarrow as pa
 
-    # Nothing is saved, so nothing is cut.
-    work = replace(work, checkpoint_tokens=1 << 62)
+    if not work.model.remote:
+        # Nothing is saved, so nothing is cut.
+        work = replace(work, checkpoint_tokens=1 << 62)
     fit_share, test_share = work.share(work.fit, 0, 1), work.share(work.test, 0, 1)
     state = FitState.empty(work, fit_share)
+    run = remote.fit_pass if work.model.remote else fit_pass
     with _bar(progress, "fit", work.fit, fit_share, work) as tick:
-        fit_pass(work, fit_share, state, lambda _: None, tick)
+        run(work, fit_share, state, lambda _: None, tick)
     fitted = solve(work.about, state)
     with _bar(progress, "score", work.test, test_share, work) as tick:
         parts = list(_scored(work, fitted, test_share, 0, tick))
@@ -477,10 +488,11 @@ def _run_fit(work: Work, own: Share, progress: bool) -> FitState:
     """Pass 1 over a share, on from its checkpoint."""
     share = work.share(work.fit, own.shard, own.of)
     state = own.load_fit(work.model.device) or FitState.empty(work, share)
+    run = remote.fit_pass if work.model.remote else fit_pass
     if not state.finished:
         done = state.position[0] * len(share) + state.position[1] - share.start
         with _bar(progress, "fit", work.fit, share, work, done) as tick:
-            fit_pass(work, share, state, own.save_fit, tick)
+            run(work, share, state, own.save_fit, tick)
     return state
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,6 +134,54 @@ class Suite:
         rows = [s for s in self.manifest["saes"] if s["hook"] == self.hook]
         common = max({r[held] for r in rows}, key=lambda v: sum(r[held] == v for r in rows))
         return [r["name"] for r in sorted(rows, key=lambda r: r[rising]) if r[held] == common]
+
+    @property
+    def middle(self) -> str:
+        """Name of the SAE that chapters look at when they look at one: where the two grids cross,
+        or in the middle of the width grid."""
+        widths = self.grid("width")
+        crossing = [name for name in widths if name in self.grid("l0")]
+        return crossing[0] if len(crossing) == 1 else widths[len(widths) // 2]
+
+    @property
+    def second(self) -> str:
+        """Name of another SAE at `hook`: the next narrower of the width grid, or the next wider."""
+        widths = self.grid("width")
+        at = widths.index(self.middle)
+        return widths[at - 1 if at else min(1, len(widths) - 1)]
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Role -> name of the SAE there, most like `middle` in width and then in L0.
+
+        "same place" (`middle` itself), "block before" (the same stage of it), "MLP" and "heads"
+        (what wrote into the stream last), "block 1 entry". A role without an SAE is missing.
+        """
+        _, number, stage = self.hook.split(".", 2)
+        block = int(number)
+        # A stream at the entry of a block was written by the block before.
+        writer = block - 1 if stage == "hook_resid_pre" else block
+        hooks = {
+            "block before": f"blocks.{block - 1}.{stage}",
+            "MLP": f"blocks.{writer}.hook_mlp_out",
+            "heads": f"blocks.{writer}.attn.hook_z",
+            "block 1 entry": "blocks.1.hook_resid_pre",
+        }
+        rows: list[dict[str, Any]] = self.manifest["saes"]
+        (own,) = (row for row in rows if row["name"] == self.middle)
+        found = {"same place": self.middle}
+        for role, hook in hooks.items():
+            there = [row for row in rows if row["hook"] == hook]
+            if there and hook != self.hook:
+                found[role] = min(there, key=lambda row: _apart(row, own))["name"]
+        return found
+
+    @property
+    def studied(self) -> list[str]:
+        """Names of the SAEs of both grids and of `places`, in the order of `saes`; of `pydocs` all,
+        of a suite that is downloaded the few of its many that are compared with each other."""
+        chosen = {*self.grid("width"), *self.grid("l0"), *self.places.values()}
+        return [name for name in self.saes if name in chosen]
 
     @cached_property
     def documents(self) -> tuple[str, ...]:
@@ -359,6 +408,12 @@ def load_suite(
             )
     found = _read_manifest(name, path)
     return Suite(str(found["name"]), path, found, device, dtype)
+
+
+def _apart(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """Distance of two SAEs in log width, then in L0 where both are known."""
+    l0s = row["aim_l0"], other["aim_l0"]
+    return abs(math.log(row["d_sae"] / other["d_sae"])), abs((l0s[0] or 0) - (l0s[1] or 0))
 
 
 def _check_kind(kind: str) -> None:

@@ -29,6 +29,8 @@ _NOT_PROSE = re.compile(
 )
 _TYPED = re.compile(r"\d*\.?\d+\s*(?:%|per\s?cent\b)|(?<![\w.])\d*\.\d+", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"\{(?P<id>[a-z][a-z0-9-]*)(?::(?P<format>[^{}]*))?\}")
+# What is smaller is the dust that float64 leaves where the answer is zero.
+_ROUNDING = 1e-12
 _STATIC_PLACEHOLDER = re.compile(r"\[\[(?P<id>[a-z][a-z0-9-]*)(?::(?P<format>[^\[\]]*))?\]\]")
 
 
@@ -74,15 +76,20 @@ def written(value: Value, interval: object = None, form: str = "") -> str:
     pairs = interval if isinstance(interval, Sequence) and not form.startswith("plain") else None
     if isinstance(value, list):
         each: Sequence[object] = pairs if pairs is not None else [None] * len(value)
-        return ", ".join(_one(one, pair, percent) for one, pair in zip(value, each, strict=True))
-    return _one(float(value), pairs, percent)
+        counts = all(float(one).is_integer() for one in value)
+        return ", ".join(
+            _one(one, pair, percent, counts) for one, pair in zip(value, each, strict=True)
+        )
+    return _one(float(value), pairs, percent, float(value).is_integer())
 
 
-def _one(value: float, pair: object, percent: bool) -> str:
+def _one(value: float, pair: object, percent: bool, whole: bool) -> str:
+    if 0 < abs(value) < _ROUNDING:
+        return "0 to rounding"
     scale = 100.0 if percent else 1.0
     low, high = (float(end) * scale for end in pair) if isinstance(pair, Sequence) else (0.0, 0.0)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType] - pairs are checked when recorded
     # A count has no decimals.
-    count = pair is None and not percent and value.is_integer()
+    count = pair is None and not percent and whole
     digits = 0 if count else _decimals(value * scale, percent)
     text = _number(value * scale, digits) + (" %" if percent else "")
     if pair is None:
@@ -94,7 +101,7 @@ def _decimals(value: float, percent: bool) -> int:
     """Decimals that leave three digits; at most one in a percentage, three for what is near 0."""
     size = abs(value)
     if percent:
-        return 1 if size < 100 else 0
+        return 1 if size < 99.95 else 0
     if 0 < size < 0.01:
         return -1
     return 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3

@@ -61,7 +61,7 @@ def _run(options: argparse.Namespace) -> list[str]:
             from darkmatter.book.atlas import add_entry
             from darkmatter.survey import Survey
 
-            print(add_entry(book, Survey.load(options.survey), options.name))
+            print(add_entry(book, Survey.load(options.survey), options.name, options.model))
         case "results":
             if not options.update:
                 return results.check(book, suite=options.suite)
@@ -189,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     entry = command("atlas", "write the atlas entry of a survey's folder")
     entry.add_argument("survey", type=Path, help="the folder of a finished survey")
     entry.add_argument("--name", required=True, help="of the entry, such as gpt2-small-res-jb")
+    entry.add_argument("--model", help="what to call the model (its hub name or last folder)")
     written = command("results", "compare the executed book with the reference, or update it")
     written.add_argument("--update", action="store_true", help="write book/results")
     written.add_argument("--suite", default="pydocs")

@@ -44,9 +44,10 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _LARGEST_ENTRY = 4 << 20
 
 
-def entry_of(survey: Survey, name: str) -> dict[str, Any]:
+def entry_of(survey: Survey, name: str, model: str | None = None) -> dict[str, Any]:
     """What the atlas keeps of a survey: its settings and its table; no text, no activation.
 
+    `model` is what to call the model, by default its hub name, or of a folder the last part.
     Numbers have six digits. Raises Refusal for a name that cannot be a file's.
     """
     if not _NAME.fullmatch(name):
@@ -55,7 +56,7 @@ def entry_of(survey: Survey, name: str) -> dict[str, Any]:
             "as 'gpt2-small-res-jb'; pass another."
         )
     settings, table = survey.settings, cast(Any, survey.table)
-    model = Path(str(settings["model"]["name"]))
+    opened = Path(str(settings["model"]["name"]))
     rows = [
         {
             "name": str(sae),
@@ -75,7 +76,7 @@ def entry_of(survey: Survey, name: str) -> dict[str, Any]:
         "format": FORMAT,
         "name": name,
         # Of a folder its name, never the path to it.
-        "model": model.name if model.is_absolute() else model.as_posix(),
+        "model": model or (opened.name if opened.is_absolute() else opened.as_posix()),
         "n_fit": int(table["n_fit"].iloc[0]),
         "n_test": int(table["n_test"].iloc[0]),
         "documents": len(survey.test.document.unique()),
@@ -88,10 +89,10 @@ def entry_of(survey: Survey, name: str) -> dict[str, Any]:
     }
 
 
-def add_entry(book: Book, survey: Survey, name: str) -> Path:
+def add_entry(book: Book, survey: Survey, name: str, model: str | None = None) -> Path:
     """Write an entry into book/results/atlas, in place of one of the same name."""
     path = _folder(book) / f"{name}.json"
-    entry = entry_of(survey, name)
+    entry = entry_of(survey, name, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(entry, indent=1) + "\n")
     return path

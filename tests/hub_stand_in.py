@@ -214,6 +214,22 @@ def write_language_model(
     return folder
 
 
+def say_again(folder: Path) -> None:
+    """Let a GPT-2 of tied embeddings predict, weakly, the token that it reads.
+
+    Text repeats tokens (spaces first of all), so this is better than chance and every harm to the
+    residual stream costs cross entropy, as in a trained model; shares of that cost exist.
+    """
+    from transformers import AutoModelForCausalLM
+
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    weights = network.transformer
+    with torch.no_grad():
+        weights.wte.weight *= 10
+        weights.ln_f.weight.fill_(0.6 / network.config.n_embd)
+    network.save_pretrained(folder)
+
+
 def residual_moments(folder: Path) -> list[tuple[Tensor, float]]:
     """Mean over tokens, and root mean square about it by component, of every block's input (and of
     what the final norm makes of the last one's output): what a random SAE needs for its L0."""
@@ -245,6 +261,16 @@ def random_weights(
         "b_enc": torch.full((d_sae,), -above * spread),
         "b_dec": mean,
     }
+
+
+def well_scaled(weights: dict[str, Tensor], moments: tuple[Tensor, float]) -> dict[str, Tensor]:
+    """The same latents with values scaled so that the error is least: it then falls with width, as
+    that of trained SAEs does, and laws can be fitted to it."""
+    mean, spread = moments
+    x = spread * torch.randn(256, len(mean), generator=torch.Generator().manual_seed(2))
+    made = (x @ weights["W_enc"] + weights["b_enc"]).relu() @ weights["W_dec"]
+    scale = float((x * made).sum() / made.square().sum())
+    return {**weights, "W_enc": scale * weights["W_enc"], "b_enc": scale * weights["b_enc"]}
 
 
 def write_sae_lens(folder: Path, weights: dict[str, Tensor], hook: str, **more: Any) -> None:
@@ -339,13 +365,14 @@ def write_gpt2_small(folder: Path, smaller: int = 12) -> Iterator[tuple[str, Pat
     """
     entry = DOWNLOADABLE["gpt2-small"]
     model = write_language_model(folder / "model", "gpt2", entry.d_model // smaller, 12, 256)
+    say_again(model)
     yield entry.model, model, entry.revision or REVISION
     moments = residual_moments(model)
     for number, row in enumerate(listing(entry)):
         block, stage = int(row["hook"].split(".")[1]), row["hook"].rpartition("_")[2]
         d_sae, l0 = row["d_sae"] // smaller, row["aim_l0"]
         at = moments[block + (stage == "post")]
-        weights = random_weights(at, d_sae, l0, number)
+        weights = well_scaled(random_weights(at, d_sae, l0, number), at)
         more = TOPK_OF_LAYER_NORM if "-v5-" in row["release"] else {}
         if more:
             weights["b_enc"] = torch.zeros(d_sae)

@@ -153,7 +153,7 @@ def stream(
             f"{context} (document {tokens.names[int(tokens.document[context])]!r}) is outside the "
             f"vocabulary of {model.vocabulary} of {model.name}; use the model's own tokenizer."
         )
-    special = model.tokenizer.all_special_ids if special is None else special
+    special = tuple(model.tokenizer.all_special_ids if special is None else special)
     counts = measured(tokens.tokens, skip, special)
     if not bool(counts.any()):
         raise Refusal(

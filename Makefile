@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE
 export TOKENIZERS_PARALLELISM := false
 export MPLBACKEND := agg
 
-.PHONY: help venv book test browser screenshots lint bench student slides epub pdf linkcheck colab-check lock clean distclean
+.PHONY: help venv book test suites-check browser screenshots lint bench student slides epub pdf linkcheck colab-check lock clean distclean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -44,6 +44,9 @@ book: venv ## run every chapter on the embedded suite and build the HTML in _bui
 test: lint ## lint, run the chapters that changed, then every test
 	$(V)/python -m darkmatter.book execute
 	$(V)/python -m pytest
+
+suites-check: venv ## run ten chapters on a random stand-in of gpt2-small (half an hour)
+	$(V)/python -m tests.book.other_suite
 
 browser: venv ## read the built book in a real browser: after `make book`
 	DARKMATTER_HTML=_build/html $(V)/python -m pytest tests/browser

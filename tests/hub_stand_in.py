@@ -214,19 +214,29 @@ def write_language_model(
     return folder
 
 
-def say_again(folder: Path) -> None:
-    """Let a GPT-2 of tied embeddings predict, weakly, the token that it reads.
+def learn(folder: Path, steps: int) -> None:
+    """Train a model for a few steps on the held-out text of `pydocs`, 16 contexts of 64 at a time.
 
-    Text repeats tokens (spaces first of all), so this is better than chance and every harm to the
-    residual stream costs cross entropy, as in a trained model; shares of that cost exist.
+    After some dozens it predicts from the token before, so that harm to the residual stream costs
+    cross entropy, as in a real model, and shares of that cost exist.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from darkmatter.models import load_tokenizer
+    from darkmatter.suites import load_suite
+
+    embedded = load_suite("pydocs")
+    text = load_tokenizer(embedded.path / "model").decode(embedded.tokens("fit").tokens.flatten())
+    ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    rows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
     network: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    weights = network.transformer
-    with torch.no_grad():
-        weights.wte.weight *= 10
-        weights.ln_f.weight.fill_(0.6 / network.config.n_embd)
+    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
+    order = torch.Generator().manual_seed(4)
+    for _ in range(steps):
+        part = rows[torch.randint(len(rows), (16,), generator=order)]
+        optimiser.zero_grad()
+        network(part, labels=part).loss.backward()
+        optimiser.step()
     network.save_pretrained(folder)
 
 
@@ -357,15 +367,19 @@ def write_llama_scope(
 # A whole suite of GPT-2 small
 
 
-def write_gpt2_small(folder: Path, smaller: int = 12) -> Iterator[tuple[str, Path, str]]:
+def write_gpt2_small(
+    folder: Path, smaller: int = 12, steps: int = 0
+) -> Iterator[tuple[str, Path, str]]:
     """Every repository of the suite gpt2-small: (name, folder, revision).
 
     12 blocks, all SAEs of the suite at their hooks; d_model and every width are divided by
-    `smaller`, the vocabulary is 300 tokens, contexts have 256.
+    `smaller`, the vocabulary is 300 tokens, contexts have 256. With `steps` the model is no longer
+    quite random, see `learn`.
     """
     entry = DOWNLOADABLE["gpt2-small"]
     model = write_language_model(folder / "model", "gpt2", entry.d_model // smaller, 12, 256)
-    say_again(model)
+    if steps:
+        learn(model, steps)
     yield entry.model, model, entry.revision or REVISION
     moments = residual_moments(model)
     for number, row in enumerate(listing(entry)):
@@ -394,9 +408,9 @@ def add_to_cache(cache: Path, repository: str, source: Path, revision: str = REV
     (folder / "refs" / "main").write_text(revision)
 
 
-def fill_cache(home: Path, smaller: int = 12) -> None:
+def fill_cache(home: Path, smaller: int = 12, steps: int = 0) -> None:
     """A HF_HOME that holds the suite gpt2-small, random and reduced, see `write_gpt2_small`."""
-    for repository, folder, revision in write_gpt2_small(home / "written", smaller):
+    for repository, folder, revision in write_gpt2_small(home / "written", smaller, steps):
         add_to_cache(home / "hub", repository, folder, revision)
     shutil.rmtree(home / "written")
 

@@ -58,7 +58,7 @@ def opened(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The tiny model in place of opening one; what it was asked for."""
     asked: list[Any] = []
 
-    def open_model(*args: Any) -> Model:
+    def open_model(*args: Any, remote: bool = False) -> Model:
         asked.append(args)
         return tiny_model
 

@@ -48,6 +48,10 @@ def start(chapter: str, suite: str, seed: int) -> Chapter:
             "text/plain": f"Chapter {chapter}, suite {suite}, seed {seed}",
         }
     )
+    if begun.foreign:
+        note = f"There is no expectation for suite {suite}: widths, L0s and findings that the text "
+        note += "names are those of the suite it was written for; measured values are this one's."
+        _display({"text/markdown": f"> {note}", "text/plain": note})
     return begun
 
 
@@ -76,7 +80,7 @@ class Chapter:
         self._claims = claims
         self._values: dict[str, tuple[Value, Interval | None]] = {}
         # A suite that no claim knows: widths differ and with them ids, and any value may come out.
-        self._foreign = claims is not None and not any(suite in c.expect for c in claims.values())
+        self.foreign = claims is not None and not any(suite in c.expect for c in claims.values())
 
     def record(self, id: str, value: object, interval: object = None) -> None:
         """Put a measured value under a claim, where the ledger, the check and the prose find it.
@@ -92,7 +96,7 @@ class Chapter:
         Raises `Refusal` for an id that claims.yml does not give to this chapter, for a value that
         is not finite, an interval that does not fit, or an id recorded with another value.
         """
-        if self._foreign:
+        if self.foreign:
             try:
                 _plain_interval(id, _plain_value(id, value), interval)
             except Refusal as reason:
@@ -148,7 +152,7 @@ class Chapter:
             self._check_id(id)
             claim = None if self._claims is None else self._claims.get(id)
             return "(in the ledger)" if claim is None else published(claim)
-        if id not in self._values and self._foreign:
+        if id not in self._values and self.foreign:
             return f"(not measured on {self.suite})"
         if id not in self._values:
             known = ", ".join(sorted(self._values)) or "nothing yet"
@@ -157,7 +161,7 @@ class Chapter:
         return prose.written(value, interval, form)
 
     def _check_id(self, id: str) -> None:
-        if self._claims is None or (self._foreign and id not in self._claims):
+        if self._claims is None or (self.foreign and id not in self._claims):
             return
         claim = self._claims.get(id)
         if claim is None or claim.chapter != self.chapter:

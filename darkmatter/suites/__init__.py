@@ -413,7 +413,8 @@ def load_suite(
 def _apart(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
     """Distance of two SAEs in log width, then in L0 where both are known."""
     l0s = row["aim_l0"], other["aim_l0"]
-    return abs(math.log(row["d_sae"] / other["d_sae"])), abs((l0s[0] or 0) - (l0s[1] or 0))
+    apart = abs((l0s[0] or 0) - (l0s[1] or 0))
+    return abs(math.log(row["d_sae"] / other["d_sae"])), float(apart)
 
 
 def _check_kind(kind: str) -> None:

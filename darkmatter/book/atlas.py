@@ -27,8 +27,7 @@ _SCORES = (
     "recovered_nonlinear",
 )
 _HEADINGS = (
-    "SAE",
-    "hook",
+    "SAE, hook",
     "d_sae",
     "L0",
     "dead",
@@ -109,7 +108,7 @@ def atlas_page(entries: Sequence[Mapping[str, Any]], suites: Sequence[Mapping[st
     lines = [
         "# Atlas of surveys",
         "",
-        f"{saes} SAEs in {len(entries)} surveys, one row each, with 95 % intervals over documents. "
+        f"SAEs: {saes}; surveys: {len(entries)}. One row each, with 95 % intervals over documents. "
         "How to read a row: chapter [18](18_your_model_your_sae). FVU is pooled, about the mean, "
         "on held-out documents.",
         "",
@@ -170,7 +169,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _line(row: Mapping[str, Any]) -> str:
     scores = (_written(row.get(score)) for score in _SCORES)
     dead = f"{row['dead']:.0%}"
-    return _row(f"`{row['name']}`", f"`{row['hook']}`", f"{row['d_sae']:,}", f"{row['l0']:.1f}",
+    return _row(f"`{row['name']}` `{row['hook']}`", f"{row['d_sae']:,}", f"{row['l0']:.1f}",
                 dead, *scores)  # fmt: skip
 
 

@@ -420,6 +420,11 @@ class _PeakMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> _PeakMemory:
+        import psutil
+
+        # Looked at here, not in the thread, which may come late: a kernel must not count as old.
+        self._me = psutil.Process()
+        self._before = set(self._me.children(recursive=True))
         self._thread.start()
         return self
 
@@ -430,12 +435,10 @@ class _PeakMemory:
     def _watch(self) -> None:
         import psutil
 
-        me = psutil.Process()
-        before = set(me.children(recursive=True))
         while not self._stop.wait(0.2):
             resident = 0
-            for child in me.children(recursive=True):
-                if child not in before:
+            for child in self._me.children(recursive=True):
+                if child not in self._before:
                     with contextlib.suppress(psutil.Error):
                         resident += int(child.memory_info().rss)
             self.peak = max(self.peak, resident)

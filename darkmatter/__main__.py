@@ -445,23 +445,13 @@ def _parser() -> argparse.ArgumentParser:
         help="only share I (from 0) of N of a pass; first all of the fit pass, then "
         "`darkmatter merge`, all of the test pass, `darkmatter merge`",
     )
-    work.add_argument(
-        "--no-report",
-        dest="report",
-        action="store_false",
-        help="tables without figures and report.html",
-    )
+    _add_no_report(work)
 
     merge = command("merge", _merge, "add the shards of a survey, after each of its two passes")
     merge.add_argument("folder", type=Path, metavar="DIR", help="the --out of the shards")
     merge.add_argument("--out", type=Path, metavar="DIR", help="folder for the survey (DIR)")
     merge.add_argument("--force", action="store_true", help="replace a survey that is there")
-    merge.add_argument(
-        "--no-report",
-        dest="report",
-        action="store_false",
-        help="tables without figures and report.html",
-    )
+    _add_no_report(merge)
 
     report = command("report", _report, "make the figures and report.html of a survey again")
     report.add_argument("folder", type=Path, metavar="DIR", help="folder of the survey")
@@ -501,6 +491,15 @@ _EXAMPLES = """examples:
   darkmatter survey --model google/gemma-2-2b --sae params.npz --hook blocks.20.hook_resid_post \\
       --text texts/ --dtype bfloat16 --out survey
   torchrun --nproc-per-node 8 -m darkmatter survey ... --out survey"""
+
+
+def _add_no_report(parser: Any) -> None:
+    parser.add_argument(
+        "--no-report",
+        dest="report",
+        action="store_false",
+        help="tables without figures and report.html",
+    )
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:

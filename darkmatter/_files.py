@@ -23,8 +23,7 @@ def verify_sha256(path: str | Path, expected: str) -> None:
     path = Path(path)
     if not path.is_file():
         raise Refusal(f"There is no file {path}; give the path of the file to verify.")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found != expected.lower():
         raise CorruptFile(
             f"{path} has SHA-256 {found}, expected {expected.lower()}; restore the file (check it "

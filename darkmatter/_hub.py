@@ -35,6 +35,7 @@ _ALIASES = {
     "gpt2-large": "openai-community/gpt2-large",
     "gpt2-xl": "openai-community/gpt2-xl",
 }
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -68,8 +69,7 @@ def locate(name_or_path: str | os.PathLike[str], revision: str | None = None) ->
                 f"{_CONFIG}, {_WEIGHTS} (save_pretrained writes them) and a tokenizer."
             )
         return folder
-    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
-    if not is_name or isinstance(name_or_path, os.PathLike):
+    if not _NAME.fullmatch(name) or isinstance(name_or_path, os.PathLike):
         raise Refusal(
             f"There is no folder {folder}; pass the folder of a saved model or a hub name such as "
             "'openai-community/gpt2'."
@@ -83,19 +83,17 @@ def locate_without_weights(
     """Repository of a hub name, and the folder of its config and tokenizer, for a model that runs
     elsewhere. Raises Refusal for a folder, and as `fetch`."""
     name = os.fspath(name_or_path)
-    if Path(name).expanduser().is_dir() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if Path(name).expanduser().is_dir() or not _NAME.fullmatch(name):
         raise Refusal(
             f"{name!r} is no hub name, expected one such as 'openai-community/gpt2' for a model "
             "that runs elsewhere; pass its name, or open it here."
         )
     repository = _ALIASES.get(name, name)
-    config = fetch(repository, _CONFIG, revision)
-    if config is None:
-        raise Refusal(f"The hub's {repository!r} has no {_CONFIG}; give the name of a model.")
-    if not any((config.parent / file).is_file() for file in _TOKENIZERS):
+    folder = _fetch_config(repository, revision)
+    if not any((folder / file).is_file() for file in _TOKENIZERS):
         for file in _OPTIONAL:
             fetch(repository, file, revision)
-    return repository, config.parent
+    return repository, folder
 
 
 def is_cached(repository: str) -> bool:
@@ -380,6 +378,14 @@ def weight_files(folder: Path) -> list[Path] | None:
     return [folder / name for name in sorted(set(shards.values()))]
 
 
+def _fetch_config(repository: str, revision: str | None) -> Path:
+    """The folder of a model's config."""
+    config = fetch(repository, _CONFIG, revision)
+    if config is None:
+        raise Refusal(f"The hub's {repository!r} has no {_CONFIG}; give the name of a model.")
+    return config.parent
+
+
 def _from_hub(repository: str, revision: str | None) -> Path:
     cached = cached_file(repository, _CONFIG, revision)
     if cached is not None and not missing_files(cached.parent):
@@ -390,10 +396,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
             f"{reason}; open it once with the network on, pass the path of its folder, or use the "
             "embedded suite (load_suite('pydocs'))."
         )
-    config = fetch(repository, _CONFIG, revision)
-    if config is None:
-        raise Refusal(f"The hub's {repository!r} has no {_CONFIG}; give the name of a model.")
-    folder = config.parent
+    folder = _fetch_config(repository, revision)
     # Before gigabytes of weights, so that a repository without a tokenizer is refused at once.
     for name in _OPTIONAL:
         fetch(repository, name, revision)

@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -315,6 +316,47 @@ def reconstruct(
     return torch.cat(parts)
 
 
+def config_as_used(sae: Autoencoder, more: int = 0) -> Any:
+    """A copy of an SAE's config for W_dec as it is used in decoding, with `more` latents."""
+    config = copy.deepcopy(sae.cfg)
+    config.d_sae = int(sae.cfg.d_sae) + more
+    if hasattr(config, "rescale_acts_by_decoder_norm"):
+        config.rescale_acts_by_decoder_norm = False
+    return config
+
+
+class WithDirections(ABC):
+    """Like an autoencoder, with directions as they are used in decoding: x_hat = f W_dec + b_dec.
+
+    `encode` is each one's own.
+    """
+
+    W_dec: Float[Tensor, "latents d"]
+    b_dec: Float[Tensor, " d"]
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
+
+    @abstractmethod
+    def encode(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows latents"]:
+        """The dense code of x."""
+
+    @torch.no_grad()
+    def decode(self, feature_acts: Float[Tensor, "*rows latents"]) -> Float[Tensor, "*rows d"]:
+        """f W_dec + b_dec."""
+        return feature_acts @ self.W_dec + self.b_dec
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        """x_hat."""
+        return self.decode(self.encode(x))
+
+
 class LinearlyCorrected:
     """An autoencoder plus a linear map of its input, itself like an autoencoder:
 
@@ -335,11 +377,7 @@ class LinearlyCorrected:
                 "that the autoencoder reads and writes; fit it on this autoencoder's error."
             )
         self.sae, self.map = sae, map
-        self.cfg: Any = copy.deepcopy(sae.cfg)
-        self.cfg.d_sae = int(sae.cfg.d_sae) + expected[0]
-        if hasattr(self.cfg, "rescale_acts_by_decoder_norm"):
-            # W_dec below is the directions as they are used.
-            self.cfg.rescale_acts_by_decoder_norm = False
+        self.cfg = config_as_used(sae, expected[0])
 
     @property
     def device(self) -> torch.device:
@@ -382,7 +420,7 @@ class LinearlyCorrected:
         return corrected.reshape(*x.shape[:-1], corrected.shape[-1])
 
 
-class PursuitEncoder:
+class PursuitEncoder(WithDirections):
     """An autoencoder with its encoder replaced by a pursuit on its decoder directions:
 
         f(x) = pursuit(x, W_dec, l0(x), b_dec),   x_hat = f(x) W_dec + b_dec
@@ -408,18 +446,7 @@ class PursuitEncoder:
             )
         self.sae, self.pursuit = sae, pursuit
         self.W_dec, self.b_dec = decoder_of(sae)
-        self.cfg: Any = copy.deepcopy(sae.cfg)
-        if hasattr(self.cfg, "rescale_acts_by_decoder_norm"):
-            # W_dec is the directions as they are used.
-            self.cfg.rescale_acts_by_decoder_norm = False
-
-    @property
-    def device(self) -> torch.device:
-        return self.W_dec.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.W_dec.dtype
+        self.cfg = config_as_used(sae)
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows latents"]:
@@ -430,11 +457,6 @@ class PursuitEncoder:
         l0 = (own != 0).sum(-1).flatten()
         code = self.pursuit(x.flatten(0, -2), self.W_dec, l0, self.b_dec)
         return code.dense(own.shape[-1]).to(own).view_as(own)
-
-    @torch.no_grad()
-    def decode(self, feature_acts: Float[Tensor, "*rows latents"]) -> Float[Tensor, "*rows d"]:
-        """f W_dec + b_dec."""
-        return feature_acts @ self.W_dec + self.b_dec
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
@@ -780,7 +802,7 @@ class AdaptedConfig:
         return "adapted" if self.affine else "adapted_nonaffine"
 
 
-class Adapted:
+class Adapted(WithDirections):
     """An autoencoder made by `adapt`: encode and decode are the object's own, in its dtype.
 
     W_dec [d_sae, d_in] is what each latent alone decodes to, less b_dec = decode(0); it has no rows
@@ -796,14 +818,6 @@ class Adapted:
     ) -> None:
         self.module, self.cfg, self.W_dec, self.b_dec = module, config, W_dec, b_dec
 
-    @property
-    def device(self) -> torch.device:
-        return self.W_dec.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.W_dec.dtype
-
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows latents"]:
         """The object's latents of x."""
@@ -813,11 +827,6 @@ class Adapted:
     def decode(self, feature_acts: Float[Tensor, "*rows latents"]) -> Float[Tensor, "*rows d"]:
         """The object's x_hat of latents."""
         return self.module.decode(feature_acts)
-
-    @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """x_hat."""
-        return self.decode(self.encode(x))
 
 
 @torch.no_grad()

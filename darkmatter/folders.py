@@ -12,7 +12,14 @@ from urllib.parse import quote
 from darkmatter._refusal import Refusal
 from darkmatter.passes import Work
 from darkmatter.plans import pieces_of
-from darkmatter.shards import differences, locked, read_json, write_json, write_tokens
+from darkmatter.shards import (
+    differences,
+    locked,
+    otherwise_divided,
+    read_json,
+    write_json,
+    write_tokens,
+)
 
 # Everything that a survey writes into its folder, and nothing else is ever removed from there.
 _OWN = (
@@ -73,11 +80,7 @@ def entered(
         begun = folder / ("survey.json" if finished else "state/description.json")
         if description is not None and begun.exists():
             compare(folder, description, read_json(begun))
-        others = {
-            path.name
-            for path in (folder / "state").glob("fit-*-of-*")
-            if not path.stem.endswith(f"-of-{processes:04d}")
-        }
+        others = otherwise_divided(folder / "state", processes)
         if others and not finished:
             raise Refusal(
                 f"{folder} was begun by another number of processes than {processes} (there is "

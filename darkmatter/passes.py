@@ -20,7 +20,7 @@ from torch import Tensor
 
 from darkmatter._refusal import Refusal
 from darkmatter.activations import Batch, Tokens, stream
-from darkmatter.autoencoders import decoder_of, reconstruct, sparse_encode
+from darkmatter.autoencoders import reconstruct, sparse_decode, sparse_encode
 from darkmatter.intervals import fvu_columns, r2_columns
 from darkmatter.leastsquares import LinearMap, LinearStatistics
 from darkmatter.splicing import ORIGINAL, remembered, splice
@@ -136,6 +136,18 @@ class FitState:
         active = {n: torch.zeros(one.d_sae, dtype=torch.bool) for n, one in work.about.items()}
         return cls(statistics, active, (0, share.start))
 
+    def rounds(
+        self, work: Work, share: range, save: Callable[[FitState], None]
+    ) -> Iterator[tuple[int, dict[str, list[str]], int]]:
+        """Rounds that are left: number, hooks, first context; each is noted and saved when done."""
+        for i, hooks in enumerate(work.rounds):
+            if i < self.position[0]:
+                continue
+            yield i, hooks, self.position[1] if i == self.position[0] else share.start
+            self.position = (i + 1, share.start)
+            self.finished = i + 1 == len(work.rounds)
+            save(self)
+
     def merge(self, other: FitState) -> None:
         """Add what another run of the pass saw."""
         for key, statistics in other.statistics.items():
@@ -173,8 +185,7 @@ def reconstructed(sae: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(x_hat, L0 of every token, the latents that were active)."""
     code = sparse_encode(sae, x, batch=min(2048, max(1, _CODES_AT_A_TIME // int(sae.cfg.d_sae))))
     try:
-        directions, bias = decoder_of(sae)
-        x_hat = code.decode(directions.to(code.values.device), bias.to(code.values.device))
+        x_hat = sparse_decode(sae, code)
     except Refusal:
         # A decoder that also needs the input.
         x_hat = reconstruct(sae, x)
@@ -193,10 +204,7 @@ def fit_pass(
 ) -> None:
     """Pass 1 over a share of the fit contexts, on from where `state` is; `save` now and then."""
     saved, patience = time.monotonic(), SECONDS
-    for i, hooks in enumerate(work.rounds):
-        if i < state.position[0]:
-            continue
-        begin = state.position[1] if i == state.position[0] else share.start
+    for i, hooks, begin in state.rounds(work, share, save):
         saes = {name: work.saes[name] for names in hooks.values() for name in names}
         for part, batches in work.read(list(hooks), work.fit, share, begin):
             for batch in batches:
@@ -220,9 +228,6 @@ def fit_pass(
                     saved = time.monotonic()
                     # Moments of many wide SAEs are gigabytes: writing them is to cost a tenth.
                     patience = max(SECONDS, 10 * (saved - before))
-        state.position = (i + 1, share.start)
-        state.finished = i + 1 == len(work.rounds)
-        save(state)
 
 
 @dataclass(frozen=True)

@@ -101,10 +101,7 @@ def fit_pass(
     tick: Callable[[int], None],
 ) -> None:
     """`passes.fit_pass`, a part a request."""
-    for i, hooks in enumerate(work.rounds):
-        if i < state.position[0]:
-            continue
-        begin = state.position[1] if i == state.position[0] else share.start
+    for i, hooks, begin in state.rounds(work, share, save):
         saes = {
             hook: [recipe(name, work.saes[name]) for name in names] for hook, names in hooks.items()
         }
@@ -127,9 +124,6 @@ def fit_pass(
             if part.stop < share.stop:
                 state.position = (i, part.stop)
                 save(state)
-        state.position = (i + 1, share.start)
-        state.finished = i + 1 == len(work.rounds)
-        save(state)
 
 
 def score_part(

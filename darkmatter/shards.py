@@ -368,6 +368,21 @@ def read_fit(file: TensorFile, device: torch.device) -> FitState:
     return FitState(statistics, active, (position[0], position[1]), file.metadata["finished"])
 
 
+def otherwise_divided(folder: Path, of: int) -> set[str]:
+    """Names of the shards of the fit pass that are of another number than `of`."""
+    there = folder.glob("fit-*-of-*")
+    return {path.name for path in there if not path.stem.endswith(f"-of-{of:04d}")}
+
+
+def merged_fit(path: Path, identity: str) -> TensorFile:
+    """The merged shards of the fit pass, verified; Refusal when they are of another survey."""
+    file = TensorFile(path)
+    file.verify()
+    if file.metadata.get("identity") != identity:
+        raise Refusal(f"{path} is of another survey; merge the shards of the fit pass again.")
+    return file
+
+
 def collect(
     paths: Iterable[Path], identity: str, stage: str, read: Callable[[Path], Mapping[str, Any]]
 ) -> list[tuple[Path, Mapping[str, Any]]]:

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from darkmatter._refusal import Refusal
-from darkmatter.activations import Tokens
+from darkmatter.activations import Tokens, measured
 from darkmatter.intervals import Interval, bootstrap, document_sums, fvu_from_totals
 from darkmatter.models import Model
 
@@ -296,8 +296,7 @@ def splice(
         )
     if batch_contexts < 1:
         raise Refusal(f"batch_contexts is {batch_contexts}, expected 1 or more.")
-    counts = ~torch.isin(tokens.tokens, torch.tensor(list(special), dtype=torch.int64))
-    counts[:, :skip], counts[:, -1] = False, False
+    counts = measured(tokens.tokens, skip, special)
     if not bool(counts.any()):
         raise Refusal(
             f"No token is left: of {tokens.n_tokens}, all are special {list(special)} or among the "

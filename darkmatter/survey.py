@@ -41,9 +41,10 @@ from darkmatter.shards import (
     TensorFile,
     collect_parts,
     hash_tensors,
-    identity_of,
     locked,
     merge_fits,
+    merged_fit,
+    otherwise_divided,
     read_fit,
     read_json,
     read_tokens,
@@ -376,10 +377,7 @@ def merge(
         merge_fits(fits, description["identity"], merged, torch.device("cpu"))
         return merged
     target = Path(folder) if folder is not None else base.parent if base.name == "shards" else base
-    file = TensorFile(merged)
-    file.verify()
-    if file.metadata.get("identity") != description["identity"]:
-        raise Refusal(f"{merged} is of another survey; merge the shards of the fit pass again.")
+    file = merged_fit(merged, description["identity"])
     parts = collect_parts(tests, description["identity"], file.content)
     home = target.resolve() in (base.resolve(), base.resolve().parent)
     # `entered` would clear the shards themselves away.
@@ -418,6 +416,20 @@ def _bar(
         yield tick
 
 
+def _fit(
+    work: Work,
+    share: range,
+    state: FitState,
+    save: Callable[[FitState], None],
+    progress: bool,
+) -> None:
+    """Pass 1 over a share, where the model is, on from where `state` is."""
+    run = remote.fit_pass if work.model.remote else fit_pass
+    done = state.position[0] * len(share) + state.position[1] - share.start
+    with _bar(progress, "fit", work.fit, share, work, done) as tick:
+        run(work, share, state, save, tick)
+
+
 def _scored(
     work: Work,
     fitted: Mapping[str, Fitted],
@@ -447,9 +459,7 @@ def _in_memory(work: Work, description: dict[str, Any], progress: bool) -> Surve
         work = replace(work, checkpoint_tokens=1 << 62)
     fit_share, test_share = work.share(work.fit, 0, 1), work.share(work.test, 0, 1)
     state = FitState.empty(work, fit_share)
-    run = remote.fit_pass if work.model.remote else fit_pass
-    with _bar(progress, "fit", work.fit, fit_share, work) as tick:
-        run(work, fit_share, state, lambda _: None, tick)
+    _fit(work, fit_share, state, lambda _: None, progress)
     fitted = solve(work.about, state)
     with _bar(progress, "score", work.test, test_share, work) as tick:
         parts = list(_scored(work, fitted, test_share, 0, tick))
@@ -488,11 +498,8 @@ def _run_fit(work: Work, own: Share, progress: bool) -> FitState:
     """Pass 1 over a share, on from its checkpoint."""
     share = work.share(work.fit, own.shard, own.of)
     state = own.load_fit(work.model.device) or FitState.empty(work, share)
-    run = remote.fit_pass if work.model.remote else fit_pass
     if not state.finished:
-        done = state.position[0] * len(share) + state.position[1] - share.start
-        with _bar(progress, "fit", work.fit, share, work, done) as tick:
-            run(work, share, state, own.save_fit, tick)
+        _fit(work, share, state, own.save_fit, progress)
     return state
 
 
@@ -537,10 +544,7 @@ def _one_shard(
     if (base / "description.json").exists():
         compare(folder, description, read_json(base / "description.json"))
     begin(base, work, description)
-    others = {
-        path.name for path in base.glob("fit-*-of-*") if not path.stem.endswith(f"-of-{of:04d}")
-    }
-    if others:
+    if others := otherwise_divided(base, of):
         raise Refusal(
             f"{base} has shards of another number than {of} (such as {min(others)}); run all with "
             "the same number, or use another folder."
@@ -560,10 +564,7 @@ def _one_shard(
         if stage == "fit":
             _run_fit(work, own, progress)
             return own.fit_path
-        file = TensorFile(merged)
-        file.verify()
-        if file.metadata["identity"] != description["identity"]:
-            raise Refusal(f"{merged} is of another survey; merge the shards of the fit pass again.")
+        file = merged_fit(merged, description["identity"])
         fitted = solve(work.about, read_fit(file, work.model.device))
         return _run_test(work, own, fitted, file.content, progress)
 
@@ -582,7 +583,7 @@ def _among(
     progress = progress and ranks.rank == 0
     if ranks.rank > 0:
         ranks.agree(None)
-        own = Share(state, identity_of(description), ranks.rank, ranks.world)
+        own = Share(state, description["identity"], ranks.rank, ranks.world)
         if not (folder / "survey.json").exists():
             _share_of_rank(ranks, work, own, progress)
         ranks.agree(None)

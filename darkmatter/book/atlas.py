@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from darkmatter._refusal import Refusal
 from darkmatter.book.notebooks import write_text
 from darkmatter.book.paths import Book
+from darkmatter.book.tables import table
 
 if TYPE_CHECKING:
     from darkmatter.survey import Survey
@@ -54,7 +55,7 @@ def entry_of(survey: Survey, name: str, model: str | None = None) -> dict[str, A
             f"The entry's name is {name!r}, expected small letters, digits, dots and hyphens, such "
             "as 'gpt2-small-res-jb'; pass another."
         )
-    settings, table = survey.settings, cast(Any, survey.table)
+    settings, scores = survey.settings, cast(Any, survey.table)
     opened = Path(str(settings["model"]["name"]))
     rows = [
         {
@@ -67,17 +68,17 @@ def entry_of(survey: Survey, name: str, model: str | None = None) -> dict[str, A
         | {
             score: [_rounded(row[score + end]) for end in ("", "_low", "_high")]
             for score in _SCORES
-            if score in table
+            if score in scores
         }
-        for sae, row in table.iterrows()
+        for sae, row in scores.iterrows()
     ]
     return {
         "format": FORMAT,
         "name": name,
         # Of a folder its name, never the path to it.
         "model": model or (opened.name if opened.is_absolute() else opened.as_posix()),
-        "n_fit": int(table["n_fit"].iloc[0]),
-        "n_test": int(table["n_test"].iloc[0]),
+        "n_fit": int(scores["n_fit"].iloc[0]),
+        "n_test": int(scores["n_test"].iloc[0]),
         "documents": len(survey.test.document.unique()),
         "context": int(survey.test.tokens.shape[1]),
         "skip": survey.skip,
@@ -122,11 +123,9 @@ def atlas_page(entries: Sequence[Mapping[str, Any]], suites: Sequence[Mapping[st
             f"first {entry['skip']} left out; seed {entry['seed']}; identity "
             f"`{entry['identity'][:12]}`.",
             "",
-            _row(*_HEADINGS),
-            _row(*("---" for _ in _HEADINGS)),
+            *table(_HEADINGS, map(_cells, entry["rows"])),
+            "",
         ]
-        lines += [_line(row) for row in entry["rows"]]
-        lines.append("")
     run = {entry["name"] for entry in entries}
     waiting = [suite for suite in suites if suite["name"] not in run]
     if waiting:
@@ -166,11 +165,10 @@ def _read(path: Path) -> dict[str, Any]:
     return entry
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    scores = (_written(row.get(score)) for score in _SCORES)
-    dead = f"{row['dead']:.0%}"
-    return _row(f"`{row['name']}` `{row['hook']}`", f"{row['d_sae']:,}", f"{row['l0']:.1f}",
-                dead, *scores)  # fmt: skip
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    sae = f"`{row['name']}` `{row['hook']}`"
+    sizes = [f"{row['d_sae']:,}", f"{row['l0']:.1f}", f"{row['dead']:.0%}"]
+    return [sae, *sizes, *(_written(row.get(score)) for score in _SCORES)]
 
 
 def _written(score: Sequence[float | None] | None) -> str:
@@ -182,7 +180,3 @@ def _written(score: Sequence[float | None] | None) -> str:
 
 def _rounded(value: Any) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

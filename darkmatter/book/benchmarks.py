@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from darkmatter._refusal import Refusal
+from darkmatter.book.tables import table
 
 PAGE, MARK = "benchmarks.md", "<!-- {} -->"
 _FILES = {"bench": "bench.json", "gpu": "bench_gpu.json"}
@@ -25,10 +26,10 @@ def benchmarks_page(text: str, results: Path) -> str:
         path = results / file
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
-            table = "\n".join(_bench(found) if name == "bench" else _gpu(found))
+            shown = "\n".join(_bench(found) if name == "bench" else _gpu(found))
         else:
-            table = "Not run."
-        text = text.replace(mark, table)
+            shown = "Not run."
+        text = text.replace(mark, shown)
     return text
 
 
@@ -42,7 +43,7 @@ def _bench(found: Mapping[str, Any]) -> Iterator[str]:
         f"{machine['memory'] / 1e9:.0f} GB/s."
     )
     yield ""
-    yield from _table(
+    yield from table(
         ("Work", "Size", "Ours, s", "Published, s", "Ratio", "Aim", "Met", "Share of the machine"),
         (
             (
@@ -66,7 +67,7 @@ def _bench(found: Mapping[str, Any]) -> Iterator[str]:
         for row in found["rows"]
         if row["flop_per_token"] != "-"
     }
-    yield from _table(("Work", "FLOP", "Bytes"), formulas.values())
+    yield from table(("Work", "FLOP", "Bytes"), formulas.values())
     yield ""
     yield "## Growth"
     yield ""
@@ -75,7 +76,7 @@ def _bench(found: Mapping[str, Any]) -> Iterator[str]:
         "beside those of the formulas. A slope further off than 0.15 has its reason."
     )
     yield ""
-    yield from _table(
+    yield from table(
         ("Work", "Of", "Against", "Sizes", "Slope", "Formula", "Why it differs"),
         (
             (
@@ -100,7 +101,7 @@ def _gpu(found: Mapping[str, Any]) -> Iterator[str]:
         f"float64, and copies at {found['memory'] / 1e12:.2f} TB/s."
     )
     yield ""
-    yield from _table(
+    yield from table(
         ("Work", "Size", "Ours, s", "Published, s", "Ratio", "Share of the device"),
         (
             (
@@ -125,10 +126,3 @@ def _share(row: Mapping[str, Any]) -> str:
         return "-"
     of = "memory bandwidth" if row["share_of"] == "memory" else f"{row['share_of']} products"
     return f"{100 * row['share']:.0f} % of {of}"
-
-
-def _table(head: Sequence[str], rows: Any) -> Iterator[str]:
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"

@@ -16,6 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from darkmatter._files import sha256_of
 from darkmatter._refusal import Refusal
 from darkmatter.book import claims as ledger
 from darkmatter.book import notebooks
@@ -52,6 +53,7 @@ _OUTSIDE = frozenset(
         "results",
         "slides",
         "staging",
+        "tables",
     )
 )
 _IMAGES = ("image/png", "image/svg+xml", "image/jpeg")
@@ -173,9 +175,9 @@ def content_hash(book: Book, path: Path, parameters: Mapping[str, object]) -> st
         "cells": [[cell.cell_type, cell.source, tags_of(cell)] for cell in notebook.cells],
         "parameters": {name: repr(value) for name, value in sorted(parameters.items())},
         "published": [[one.id, repr(one.paper)] for one in known if one.chapter == chapter],
-        "code": {name: _digest(file) for name, file in _code(chapter)},
+        "code": {name: sha256_of(file) for name, file in _code(chapter)},
         "suite": {
-            str(file.relative_to(PACKAGE)): _digest(file)
+            str(file.relative_to(PACKAGE)): sha256_of(file)
             for file in sorted((PACKAGE / "suites" / suite / "data").rglob("*"))
             if file.is_file()
         },
@@ -461,11 +463,6 @@ def _code(chapter: str | None) -> Iterator[tuple[str, Path]]:
         foreign = name.startswith("book/checks/chapter_") and not name.endswith(f"_{chapter}.py")
         if name not in _OUTSIDE and not foreign:
             yield name, file
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _told(record: Record | None) -> str:

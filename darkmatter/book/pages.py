@@ -21,6 +21,7 @@ from darkmatter.book.claims import (
     verdict_of,
 )
 from darkmatter.book.execution import METADATA_KEY
+from darkmatter.book.tables import row
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -88,7 +89,7 @@ def ledger_page(
         if tested:
             lines += ["", "| Claim | Paper | This run | Verdict |", "|---|---|---|---|"]
             lines += [
-                _row(
+                row(
                     _claimed(claim, marks[claim.id]),
                     _paper(claim),
                     _found(recorded.get(claim.id), page),
@@ -100,7 +101,7 @@ def ledger_page(
         if others:
             lines += ["", "| Other value | Paper | This run |", "|---|---|---|"]
             lines += [
-                _row(_claimed(claim, "value"), _paper(claim), _found(recorded.get(claim.id), page))
+                row(_claimed(claim, "value"), _paper(claim), _found(recorded.get(claim.id), page))
                 for claim in others
             ]
     return "\n".join([*lines, "", _COPY]) + "\n"
@@ -130,7 +131,7 @@ def statistics_page(executed: Mapping[str, NotebookNode], files: Mapping[str, st
         else:
             within = "yes" if seconds <= BUDGET_SECONDS else "not beside another"
         lines.append(
-            _row(
+            row(
                 f"[{chapter}]({files[chapter]})",
                 f"{seconds:.0f}",
                 str(jobs),
@@ -142,7 +143,7 @@ def statistics_page(executed: Mapping[str, NotebookNode], files: Mapping[str, st
             stamped.setdefault(name, set()).add(str(number))
     lines += ["", f"All chapters together: about {total:.0f} seconds.", "", "## Versions", ""]
     lines += ["| Package | Version |", "|---|---|"]
-    lines += [_row(name, ", ".join(sorted(found))) for name, found in sorted(stamped.items())]
+    lines += [row(name, ", ".join(sorted(found))) for name, found in sorted(stamped.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -211,7 +212,3 @@ def _found(record: Record | None, page: str) -> str:
         f'<button type="button" class="ledger-copy" data-clipboard-text="{copied}" '
         f'aria-label="copy {record.id}" hidden>copy</button>'
     )
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +14,7 @@ from xml.etree import ElementTree
 from darkmatter._refusal import Refusal
 from darkmatter.book.notebooks import write_text
 from darkmatter.book.paths import Book
-from darkmatter.book.rendering import RenderFailure
+from darkmatter.book.rendering import RenderFailure, build
 
 NAME = "dark-matter"
 # What an EPUB or a PDF has no use for, and says so: pictures in other formats, raw HTML.
@@ -80,7 +78,7 @@ def write_pdf(book: Book) -> Path:
     # LaTeX has no drawings in SVG: figures come as PNG, and the landing page's is left out.
     built = _sphinx(book, "latex", options, strict=False)
     (source,) = built.glob("*.tex")
-    _run(["latexmk", "-xelatex", "-interaction=nonstopmode", source.name], built)
+    build(["latexmk", "-xelatex", "-interaction=nonstopmode", source.name], "latexmk", built)
     return _moved(source.with_suffix(".pdf"), book.root / "_build" / "pdf" / f"{NAME}.pdf")
 
 
@@ -153,19 +151,8 @@ def _sphinx(
         *("--builder", "custom", "--custom-builder", builder, "--keep-going"),
         *(["-W"] if strict else []),
     ]
-    _run(command, book.root, must_pass)
+    build(command, "jupyter-book", book.root, must_pass)
     return work / "_build" / builder
-
-
-def _run(command: Sequence[str], folder: Path, must_pass: bool = True) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode and must_pass:
-        output = f"{done.stdout}\n{done.stderr}"
-        telling = [line for line in output.splitlines() if re.search("WARNING|ERROR|rror:", line)]
-        raise RenderFailure(
-            f"expected {Path(command[0]).name} to build without a warning; found:\n"
-            + "\n".join(telling or output.splitlines()[-30:])
-        )
 
 
 def _moved(built: Path, target: Path) -> Path:

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -45,18 +45,25 @@ def render(book: Book) -> Path:
         *("build", str(book.executed), "--config", str(book.config)),
         *("--path-output", str(book.root), "-W", "-n", "--keep-going"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        output = f"{done.stdout}\n{done.stderr}"
-        telling = [line for line in output.splitlines() if re.search("WARNING|ERROR|rror:", line)]
-        raise RenderFailure(
-            "expected the book to build without a warning; found:\n"
-            + "\n".join(telling or output.splitlines()[-30:])
-        )
+    build(command, "the book")
     mend(book.html)
     if found := html_problems(book.html, [path.stem for path in book.chapters()]):
         raise RenderFailure("expected HTML that keeps its promises; found:\n" + "\n".join(found))
     return book.html
+
+
+def build(
+    command: Sequence[str], what: str, folder: Path | None = None, must_pass: bool = True
+) -> None:
+    """Run a program; raises `RenderFailure` with the telling lines of its output if it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode and must_pass:
+        output = f"{done.stdout}\n{done.stderr}"
+        telling = [line for line in output.splitlines() if re.search("WARNING|ERROR|rror:", line)]
+        raise RenderFailure(
+            f"expected {what} to build without a warning; found:\n"
+            + "\n".join(telling or output.splitlines()[-30:])
+        )
 
 
 def html_problems(html: Path, chapters: Iterable[str]) -> list[str]:

@@ -7,7 +7,6 @@ the held-out text of `pydocs` in the model's own tokens, or the data set of the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -442,9 +441,3 @@ def _read_manifest(name: str, path: Path) -> dict[str, Any]:
             "rebuild the suite with python -m darkmatter.suites.pydocs"
         )
     return manifest
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

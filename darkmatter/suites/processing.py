@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from darkmatter._refusal import Refusal
-from darkmatter.autoencoders import Autoencoder
+from darkmatter.autoencoders import Autoencoder, WithDirections, config_as_used
 
 Normalisation = Literal["none", "layer_norm", "constant_norm_rescale"]
 
@@ -117,7 +117,7 @@ def on_raw_activations(
     return sae if processing.is_raw else OnRawActivations(sae, processing, already_centred)
 
 
-class OnRawActivations:
+class OnRawActivations(WithDirections):
     """An SAE of processed activations, presented as one of raw activations x [n, d].
 
     With y = P(x) what the SAE reads, f = f(y) its code and y = g (x - m 1), where m is the mean of
@@ -143,12 +143,8 @@ class OnRawActivations:
             processing.centred or processing.normalisation == "layer_norm"
         )
         self.carried = int(by_token) + int(self._takes_mean)
-        self.cfg: Any = copy.deepcopy(sae.cfg)
+        self.cfg = config_as_used(sae, self.carried)
         self.cfg.normalize_activations = "none"
-        self.cfg.d_sae = int(sae.cfg.d_sae) + self.carried
-        if hasattr(self.cfg, "rescale_acts_by_decoder_norm"):
-            # W_dec below is the directions as they are used.
-            self.cfg.rescale_acts_by_decoder_norm = False
 
         directions = sae.W_dec.detach()
         if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
@@ -157,16 +153,8 @@ class OnRawActivations:
         rows = [directions, bias[None]] if by_token else [directions]
         if self._takes_mean:
             rows.append(torch.ones_like(bias)[None])
-        self.W_dec: Float[Tensor, "latents d"] = torch.cat(rows)
-        self.b_dec: Float[Tensor, " d"] = torch.zeros_like(bias) if by_token else bias
-
-    @property
-    def device(self) -> torch.device:
-        return self.W_dec.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.W_dec.dtype
+        self.W_dec = torch.cat(rows)
+        self.b_dec = torch.zeros_like(bias) if by_token else bias
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows latents"]:
@@ -184,13 +172,3 @@ class OnRawActivations:
             case _:
                 return torch.cat([code, *carried], -1)
         return torch.cat([code * norm, norm, *carried], -1)
-
-    @torch.no_grad()
-    def decode(self, feature_acts: Float[Tensor, "*rows latents"]) -> Float[Tensor, "*rows d"]:
-        """f W_dec + b_dec, raw activations."""
-        return feature_acts @ self.W_dec + self.b_dec
-
-    @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """x_hat."""
-        return self.decode(self.encode(x))

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from darkmatter.book.checks.common import alike, normal
+from darkmatter.book.checks.common import alike, normal, refuse_mistakes
 from darkmatter.book.exercises import NotYet, exercise
 
 
@@ -70,8 +70,7 @@ def norm_r2(answer: Callable[..., Any]) -> str:
         ),
         1 - right: "That is the share that is left; one minus it is explained.",
     }
-    for value, message in wrong.items():
-        assert abs(given - value) > 1e-9, message
+    refuse_mistakes(given, wrong)
     assert abs(given - right) < 1e-9, "1 - sum (norm - predicted)^2 / sum (norm - mean)^2."
     return f"R2 {given:.2f}."
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darkmatter.book.checks.common import alike, normal
+from darkmatter.book.checks.common import alike, normal, refuse_mistakes
 from darkmatter.book.exercises import NotYet, exercise
 from darkmatter.errors import split_error
 from darkmatter.leastsquares import fvu
@@ -35,8 +35,7 @@ def fvu_from_sums(answer: Callable[..., Any]) -> str:
         ),
         1 - right: "That is the share explained; FVU is what is left.",
     }
-    for value, message in wrong.items():
-        assert abs(given - value) > 1e-9, message
+    refuse_mistakes(given, wrong)
     assert abs(given - right) < 1e-9, "sum_e2 / (sum_x2 - |sum_x|^2 / n)."
     return f"FVU {given:.3f}, and a billion tokens would need no more memory."
 

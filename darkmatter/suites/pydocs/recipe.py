@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from darkmatter._files import sha256_of
 from darkmatter.suites.pydocs import corpus, language_model
 from darkmatter.suites.pydocs.language_model import LanguageModelRecipe
 from darkmatter.training import SparseTrainingRecipe, TrainedAutoencoder, train_batch_topk
@@ -374,7 +375,7 @@ def package(recipe: SuiteRecipe, work: Path, out: Path, log: Log) -> None:
     """
     from safetensors.torch import save_file
 
-    from darkmatter.suites import FORMAT, digest, load_suite
+    from darkmatter.suites import FORMAT, load_suite
     from darkmatter.suites.pydocs.card import card
     from darkmatter.survey import survey
 
@@ -411,7 +412,9 @@ def package(recipe: SuiteRecipe, work: Path, out: Path, log: Log) -> None:
         },
         "training": [json.loads(line) for line in _lines(work / "training" / "history.jsonl")],
         "files": {
-            f.relative_to(new).as_posix(): digest(f) for f in sorted(new.rglob("*")) if f.is_file()
+            f.relative_to(new).as_posix(): sha256_of(f)
+            for f in sorted(new.rglob("*"))
+            if f.is_file()
         },
     }
     _write(new / "suite.json", json.dumps(manifest, indent=1))

@@ -29,7 +29,16 @@ from darkmatter.splicing import splice
 from darkmatter.suites import EMBEDDED
 from tests.bench import measure, published
 from tests.bench.__main__ import line, run_case, write
-from tests.bench.rows import ROOT, ROWS, Case, at_least, jump_relu, planted, residual_stream
+from tests.bench.rows import (
+    ROOT,
+    ROWS,
+    Case,
+    at_least,
+    jump_relu,
+    planted,
+    residual_stream,
+    same_atoms,
+)
 
 RESULTS = ROOT / "book" / "results" / "bench_gpu.json"
 FORMAT = "darkmatter-bench-gpu/1"
@@ -130,18 +139,11 @@ def _pursuit(size: Size, x: Tensor, atoms: Tensor) -> Case:
     n, first = len(x), size.published
     l0 = torch.full((n,), size.k)
 
-    def check(code: Any, dense: Tensor) -> float:
-        mine = type(code)(code.values[:first], code.indices[:first]).dense(size.m)
-        same = ((mine != 0) == (dense != 0)).all(1)
-        # Sums in another order exchange two atoms of nearly equal correlation, seldom.
-        assert float(same.float().mean()) > 0.9, f"other atoms in {int((~same).sum())} of {first}"
-        return measure.difference(mine[same], dense[same])
-
     return Case(
         size=f"d = {size.d}, m = {size.m}, k = {size.k}, {n:,} tokens; published: {first}",
         ours=lambda: gradient_pursuit(x, atoms, l0),
         published=lambda: published.gradient_pursuit(x[:first], atoms, l0[:first]),
-        check=check,
+        check=lambda code, dense: same_atoms(code, dense, 0.9),
         tolerance=1e-3,
         met=at_least(3),
         part=first / n,

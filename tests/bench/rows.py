@@ -184,23 +184,26 @@ def pursuit(quick: bool) -> Iterator[Case]:
         )
 
 
+def same_atoms(code: SparseCode, dense: Tensor, least: float) -> float:
+    """Difference of the values where a code has the atoms of dense codes of its first rows.
+
+    Refuses when fewer than a share of `least` rows have them.
+    """
+    first, m = dense.shape
+    mine = SparseCode(code.values[:first], code.indices[:first]).dense(m)
+    same = ((mine != 0) == (dense != 0)).all(1)
+    # Sums in another order exchange two atoms of nearly equal correlation, seldom.
+    assert float(same.float().mean()) > least, f"other atoms in {int((~same).sum())} of {first}"
+    return measure.difference(mine[same], dense[same])
+
+
 def _pursuit_case(size: str, x: Tensor, atoms: Tensor, l0: Tensor, first: int) -> Case:
     m, d, k = len(atoms), atoms.shape[1], int(l0.max())
-
-    def check(code: SparseCode, dense: Tensor) -> float:
-        mine = code.dense(m)[:first]
-        same = ((mine != 0) == (dense != 0)).all(1)
-        # Sums in another order exchange two atoms of nearly equal correlation, seldom.
-        assert float(same.float().mean()) > 0.98, (
-            f"{size}: other atoms in {int((~same).sum())} rows"
-        )
-        return measure.difference(mine[same], dense[same])
-
     return Case(
         size=f"{size}; published: the first {first}",
         ours=lambda: gradient_pursuit(x, atoms, l0),
         published=lambda: published.gradient_pursuit(x[:first], atoms, l0[:first]),
-        check=check,
+        check=lambda code, dense: same_atoms(code, dense, 0.98),
         tolerance=1e-3,
         met=at_least(8),
         part=first / len(x),

@@ -35,14 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], Iterable[str]] = options.run
     try:
+        _check_letters(sys.argv[1:] if arguments is None else arguments)
         for line in run(options):
             print(line, flush=True)
     except Refusal as refusal:
         _say(str(refusal))
         return 2
     except RuntimeError as error:
-        # torch.OutOfMemoryError, without an import of torch for --help.
-        if type(error).__name__ != "OutOfMemoryError":
+        # Here, without an import of torch for --help.
+        from darkmatter.activations import lacks_memory
+
+        if not lacks_memory(error):
             raise
         _say(
             "the device has no memory for this; pass --one-at-a-time, a shorter --context, --dtype "
@@ -53,6 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("interrupted; a survey goes on where it was with --resume.")
         return 130
     return 0
+
+
+def _check_letters(arguments: Sequence[str]) -> None:
+    """Names that Python could not decode are those that the libraries cannot open."""
+    for argument in arguments:
+        if any("\udc80" <= letter <= "\udcff" for letter in argument):
+            raise Refusal(
+                f"The locale of this shell has no letters for {argument!a}, expected UTF-8; set "
+                "PYTHONUTF8=1 and run it again."
+            )
 
 
 def _say(sentence: str) -> None:
@@ -88,6 +101,7 @@ def _survey(options: argparse.Namespace) -> Iterator[str]:
         progress=True,
         shard=options.shard,
         one_at_a_time=given.one_at_a_time,
+        precision=options.precision,
     )
     if isinstance(found, Path):
         yield f"When all shards of this pass are there: darkmatter merge {options.out}"
@@ -437,6 +451,12 @@ def _parser() -> argparse.ArgumentParser:
         "--one-at-a-time",
         action="store_true",
         help="one run of the model for each SAE (where together they exceed 8 GiB)",
+    )
+    work.add_argument(
+        "--precision",
+        choices=("float64", "float32"),
+        default="float64",
+        help="products of the fit; float32 for devices that are slow at float64 (default: float64)",
     )
     work.add_argument(
         "--shard",

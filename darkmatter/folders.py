@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from darkmatter._files import sha256_of, understood, verify_sha256, writing
 from darkmatter._refusal import Refusal
 from darkmatter.passes import Work
 from darkmatter.plans import pieces_of
 from darkmatter.shards import (
+    FORMAT,
+    description_in,
     differences,
+    hash_text,
     locked,
     otherwise_divided,
     read_json,
@@ -38,7 +42,18 @@ _OWN = (
 )
 
 
+# Systems of files take names of 255 bytes, of which a temporary name needs some.
+_LONGEST_NAME = 180
+# What a run that goes on takes from the one that began, besides checkpoints.
+_BESIDE = ("tokens.safetensors", "pieces.json")
+
+
 def compare(folder: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if theirs.get("format") != FORMAT:
+        raise Refusal(
+            f"{folder} holds a survey of format {str(theirs.get('format'))[:40]!r}, expected "
+            f"{FORMAT!r} to go on; begin it anew with force=True, or pass another folder."
+        )
     told = differences(ours, theirs)
     if told:
         raise Refusal(
@@ -66,7 +81,8 @@ def entered(
         )
     if there - {"lock"} and not there & {"survey.json", "state", "shards"}:
         raise Refusal(f"{folder} holds no survey but other things; pass another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock"):
         for path in folder.rglob(".*.tmp"):
             path.unlink(missing_ok=True)
@@ -94,15 +110,32 @@ def entered(
 
 def file_of(kind: str, name: str, suffix: str) -> str:
     """The file of an SAE or a hook, whose name may have any characters."""
-    return f"{kind}/{quote(name, safe=' =+,@')}.{suffix}"
+    safe = quote(name, safe=" =+,@")
+    if len(safe) > _LONGEST_NAME:
+        safe = f"{safe[: _LONGEST_NAME - 33]}-{hash_text(name)[:32]}"
+    return f"{kind}/{safe}.{suffix}"
 
 
 def begin(base: Path, work: Work, description: dict[str, Any]) -> None:
     """What a resumed run and `merge` need to know, the description last."""
     base.mkdir(parents=True, exist_ok=True)
     if (base / "description.json").exists():
+        read_description(base)
         return
     write_tokens(base / "tokens.safetensors", work.fit, work.test)
     pieces = pieces_of(work.model, work.test)
     write_json(base / "pieces.json", {str(token): piece for token, piece in pieces.items()})
-    write_json(base / "description.json", description)
+    files = {name: sha256_of(base / name) for name in _BESIDE}
+    write_json(base / "description.json", {**description, "files": files})
+
+
+def read_description(base: Path) -> dict[str, Any]:
+    """What `begin` was given; Refusal when the files beside it are not those that it wrote."""
+    path = base / "description.json"
+    description = description_in(path)
+    with understood(path, "the description of a survey"):
+        files = dict(description.pop("files", {}))
+        for name in _BESIDE:
+            if name in files:
+                verify_sha256(base / name, files[name])
+    return description

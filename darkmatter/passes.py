@@ -22,7 +22,7 @@ from darkmatter._refusal import Refusal
 from darkmatter.activations import Batch, Tokens, stream
 from darkmatter.autoencoders import reconstruct, sparse_decode, sparse_encode
 from darkmatter.intervals import fvu_columns, r2_columns
-from darkmatter.leastsquares import LinearMap, LinearStatistics
+from darkmatter.leastsquares import LinearMap, LinearStatistics, Precision
 from darkmatter.splicing import ORIGINAL, remembered, splice
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Work:
     downstream: bool
     checkpoint_tokens: int
     one_at_a_time: bool
+    precision: Precision = "float64"
 
     @property
     def rounds(self) -> list[dict[str, list[str]]]:
@@ -195,6 +196,19 @@ def reconstructed(sae: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x_hat, own.sum(1), code.indices[own]
 
 
+def _check_finite(name: str, norm2: Tensor, batch: Batch, tokens: Tokens) -> None:
+    """Refusal for an SAE whose error is not finite at some token, naming the first."""
+    bad = norm2.isfinite().logical_not().flatten().nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise Refusal(
+            f"{name!r} reconstructs NaN or infinity at position {int(batch.position[row])} of "
+            f"context {int(batch.context[row])} (document "
+            f"{tokens.names[int(batch.document[row])]!r}), {len(bad)} of {len(batch)} tokens of "
+            "its batch; load it in float32 or leave the document out."
+        )
+
+
 def fit_pass(
     work: Work,
     share: range,
@@ -217,8 +231,11 @@ def fit_pass(
                         errors.append(x - x_hat)
                         state.active[name][latents.to(state.active[name].device)] = True
                     norms = [e.double().square().sum(1, keepdim=True) for e in [*errors, x]]
-                    y = torch.cat([e.double() for e in errors] + norms, 1)
-                    state.statistics[i, hook].partial_fit(x, y)
+                    for name, norm2 in zip(names, norms, strict=False):
+                        _check_finite(name, norm2, batch, work.fit)
+                    wide = torch.float64 if work.precision == "float64" else torch.float32
+                    y = torch.cat([column.to(wide) for column in [*errors, *norms]], 1)
+                    state.statistics[i, hook].partial_fit(x, y, work.precision)
                 tick(len(batch))
             if part.stop < share.stop:
                 state.position = (i, part.stop)
@@ -323,6 +340,7 @@ def score_part(
                 linear = one.error_map(x)
                 nonlinear = error - linear
                 norm2 = error.square().sum(1, keepdim=True)
+                _check_finite(name, norm2, batch, work.test)
                 predicted = one.norm_map(x)
                 scalar = one.scalar[0].to(x) * x + one.scalar[1].to(x)
                 d = x.shape[1]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from darkmatter._refusal import Refusal
 from darkmatter.activations import Tokens, stream
 from darkmatter.autoencoders import check_fits, hook_of
+from darkmatter.leastsquares import Precision
 from darkmatter.passes import About, Work
 from darkmatter.remote import api_key, recipe
 from darkmatter.shards import FORMAT, fingerprint, hash_tensors, hash_text, identity_of
@@ -31,6 +32,7 @@ def planned(
     downstream: bool,
     one_at_a_time: bool,
     checkpoint_tokens: int,
+    precision: Precision,
 ) -> Work:
     """All that can be refused is, before anything runs."""
     if model.remote is True:
@@ -39,6 +41,11 @@ def planned(
         raise Refusal("expected at least one SAE, got an empty mapping; pass {name: sae}")
     if checkpoint_tokens < 1:
         raise Refusal(f"checkpoint_tokens is {checkpoint_tokens}, expected 1 or more.")
+    if precision not in ("float64", "float32") or (model.remote and precision != "float64"):
+        raise Refusal(
+            f'precision is {precision!r}, expected "float64" or, for a model that runs here, '
+            '"float32"; float64 is exact.'
+        )
     fit, test = (tokens, test) if test is not None else tokens.split_documents(share, seed)
     shared = _documents_of(fit) & _documents_of(test)
     if shared:
@@ -76,8 +83,9 @@ def planned(
         # Nothing is read yet: this refuses tokens that the model cannot read.
         stream(model, hooks, part, skip, ids)
     return Work(
-        model, saes, about, fit, test, skip, ids, downstream, checkpoint_tokens, one_at_a_time
-    )
+        model, saes, about, fit, test, skip, ids, downstream, checkpoint_tokens, one_at_a_time,
+        precision,
+    )  # fmt: skip
 
 
 def _documents_of(tokens: Tokens) -> set[str]:
@@ -122,6 +130,7 @@ def described(work: Work, seed: int, resamples: int) -> dict[str, Any]:
             "downstream": work.downstream,
             "one_at_a_time": work.one_at_a_time,
             "checkpoint_tokens": work.checkpoint_tokens,
+            "precision": work.precision,
             "backend": work.model.backend,
         },
         "documents": documents,

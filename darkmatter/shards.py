@@ -21,39 +21,26 @@ import socket
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from darkmatter._files import CorruptFile, replacing
+from darkmatter._files import CorruptFile, hash_tensors, replacing, understood, writing
 from darkmatter._refusal import Refusal
 from darkmatter.activations import Tokens
 from darkmatter.leastsquares import LinearStatistics
 from darkmatter.passes import FitState
 
 FORMAT = "darkmatter-survey/1"
+_WHOLE = "a whole file of a survey"
 
 
 # Fingerprints of inputs.
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and numbers, whatever the device and the order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        if tensor.is_meta:
-            # A model that runs elsewhere has no numbers here.
-            continue
-        flat = tensor.cpu().contiguous().reshape(-1)
-        for part in flat.split(1 << 24):
-            digest.update(part.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def hash_text(text: str) -> str:
@@ -132,7 +119,8 @@ def locked(path: Path) -> Generator[None, None, None]:
     """
     host = socket.gethostname()
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with writing(path.parent):
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             held = False
             try:
@@ -184,21 +172,16 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with understood(path, _WHOLE):
             with safe_open(path, framework="pt") as file:
                 entry = json.loads((file.metadata() or {})["darkmatter"])
                 self._names = dict.fromkeys(file.keys())
             self._told: str = entry["told"]
             self.content: str = entry["content"]
-            self.metadata: dict[str, Any] = json.loads(self._told)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise CorruptFile(
-                f"{path} is not a whole file of a survey ({error}); delete it and run its shard "
-                "again."
-            ) from error
+            self.metadata: dict[str, Any] = dict(json.loads(self._told))
 
     def __getitem__(self, key: str) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
+        with understood(self.path, _WHOLE), safe_open(self.path, framework="pt") as file:
             # A clone, because what safetensors returns may be a view of the file on disk.
             return file.get_tensor(key).clone()
 
@@ -242,19 +225,16 @@ def write_tokens(path: Path, fit: Tokens, test: Tokens) -> None:
 
 def read_tokens(path: Path, names: Mapping[str, list[str]]) -> tuple[Tokens, Tokens]:
     """What `write_tokens` wrote."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            fit, test = (
-                Tokens(
-                    file.get_tensor(f"{part}.tokens").long(),
-                    file.get_tensor(f"{part}.document").long(),
-                    tuple(names.get(part, names["fit"])),
-                )
-                for part in ("fit", "test")
+    with understood(path, "the tokens of a survey"), safe_open(path, framework="pt") as file:
+        fit, test = (
+            Tokens(
+                file.get_tensor(f"{part}.tokens").long(),
+                file.get_tensor(f"{part}.document").long(),
+                tuple(names.get(part, names["fit"])),
             )
-    except (SafetensorError, OSError) as error:
-        raise CorruptFile(f"{path} does not hold the tokens of a survey ({error}).") from error
-    return fit, test
+            for part in ("fit", "test")
+        )
+        return fit, test
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -262,11 +242,35 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptFile(f"{path} cannot be read ({error}); restore the file.") from error
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of JSON in a file of a survey."""
+    with understood(path, "an object of JSON"):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def description_in(path: Path) -> dict[str, Any]:
+    """What a survey is of, description.json; CorruptFile when it lacks what is read of it."""
+    found = read_json(path)
+    with understood(path, "the description of a survey"):
+        settings, documents = found["settings"], found["documents"]
+        numbers = [settings[key] for key in ("skip", "seed", "resamples")]
+        numbers += [one["d_sae"] for one in found["saes"].values()]
+        words = [found["identity"], *found["saes"], *documents["fit"], *documents.get("test", [])]
+        words += [one["hook"] for one in found["saes"].values()]
+        if not all(type(number) is int and 0 <= number < 1 << 40 for number in numbers):
+            raise ValueError(f"its numbers are {numbers}")
+        # As UTF-8 can write them: some are names of files.
+        "".join(words).encode()
+        if not isinstance(settings["downstream"], bool):
+            raise ValueError(f"downstream is {settings['downstream']!r}")
+    return found
+
+
+def read_pieces(path: Path) -> dict[int, str]:
+    """Token id -> text, pieces.json."""
+    found = read_json(path)
+    with understood(path, "the texts of token ids"):
+        return {int(token): str(piece) for token, piece in found.items()}
 
 
 # Shards.
@@ -316,6 +320,9 @@ class Share:
             **more,
         }
 
+    def _is_ours(self, file: TensorFile, **more: Any) -> bool:
+        return {**file.metadata, **self._metadata(**more)} == file.metadata
+
     def save_fit(self, state: FitState) -> None:
         write_fit(self.fit_path, state, self._metadata(stage="fit"))
 
@@ -323,7 +330,14 @@ class Share:
         """The checkpoint of pass 1, if there is one."""
         if not self.fit_path.exists():
             return None
-        return read_fit(TensorFile(self.fit_path), device)
+        file = TensorFile(self.fit_path)
+        file.verify()
+        if not self._is_ours(file, stage="fit"):
+            raise Refusal(
+                f"{self.fit_path} is a checkpoint of another survey (its inputs or settings "
+                "differ); take it out, or begin anew with force=True."
+            )
+        return read_fit(file, device)
 
     def save_part(self, number: int, tensors: Mapping[str, Tensor], fit: str) -> str:
         metadata = self._metadata(stage="test", part=number, fit=fit)
@@ -334,8 +348,9 @@ class Share:
         done: list[str] = []
         while self.part_path(len(done)).exists():
             file = TensorFile(self.part_path(len(done)))
-            if file.metadata["fit"] != fit or file.metadata["identity"] != self.identity:
+            if not self._is_ours(file, stage="test", part=len(done), fit=fit):
                 break
+            file.verify()
             done.append(file.content)
         return done
 
@@ -357,15 +372,20 @@ def write_fit(path: Path, state: FitState, metadata: dict[str, Any]) -> str:
 def read_fit(file: TensorFile, device: torch.device) -> FitState:
     """What `write_fit` wrote, its moments where they can go on (main memory for mps)."""
     there = torch.device("cpu") if device.type == "mps" else device
-    prefixes = [k.removesuffix("/sxx") for k in file if k.endswith("/sxx")]
-    prefixes.sort(key=lambda prefix: int(prefix.split("/")[1]))
     statistics: dict[tuple[int, str], LinearStatistics] = {}
-    for prefix in prefixes:
-        _, number, hook = prefix.split("/", 2)
-        statistics[int(number), hook] = read_statistics(file, prefix).to(there)
-    active = {k.removeprefix("active/"): file[k] for k in file if k.startswith("active/")}
-    position = file.metadata["position"]
-    return FitState(statistics, active, (position[0], position[1]), file.metadata["finished"])
+    with understood(file.path, _WHOLE):
+        prefixes = [k.removesuffix("/sxx") for k in file if k.endswith("/sxx")]
+        prefixes.sort(key=lambda prefix: int(prefix.split("/")[1]))
+        for prefix in prefixes:
+            _, number, hook = prefix.split("/", 2)
+            statistics[int(number), hook] = read_statistics(file, prefix)
+        latents = [key for key in file if key.startswith("active/")]
+        active = {key.removeprefix("active/"): file[key].bool() for key in latents}
+        finished, (i, start) = bool(file.metadata["finished"]), file.metadata["position"]
+        position = int(i), int(start)
+    for moments in statistics.values():
+        moments.to(there)
+    return FitState(statistics, active, position, finished)
 
 
 def otherwise_divided(folder: Path, of: int) -> set[str]:
@@ -395,11 +415,14 @@ def collect(
             raise Refusal(
                 f"{path} is no shard of the {stage} pass, expected only such files; take it out."
             )
-        if metadata["identity"] != identity:
+        if metadata.get("identity") != identity:
             raise Refusal(
                 f"{path} is a shard of another survey (its inputs or settings differ); take it out."
             )
-        shard, of = int(metadata["shard"]), int(metadata["of"])
+        with understood(path, "a shard of a survey"):
+            shard, of = int(metadata["shard"]), int(metadata["of"])
+            if not 0 <= shard < of:
+                raise ValueError(f"shard {shard} of {of}")
         if count is not None and of != count:
             raise Refusal(
                 f"{path} is shard {shard} of {of}, expected shards of {count}; take out what was "
@@ -412,11 +435,13 @@ def collect(
         count, found[shard] = of, (path, metadata)
     if count is None:
         raise Refusal(f"There is no shard of the {stage} pass; run survey with shard=(i, n) first.")
-    missing = [i for i in range(count) if i not in found]
+    missing = count - len(found)
     if missing:
-        names = ", ".join(f"{stage}-{i:04d}-of-{count:04d}" for i in missing[:5])
+        # Not a list of all: a file may tell of any number.
+        first = islice((i for i in range(count) if i not in found), 5)
+        names = ", ".join(f"{stage}-{i:04d}-of-{count:04d}" for i in first)
         raise Refusal(
-            f"{len(missing)} of {count} shards of the {stage} pass are missing ({names}); run them "
+            f"{missing} of {count} shards of the {stage} pass are missing ({names}); run them "
             "with shard=(i, n) before merging."
         )
     return [found[i] for i in range(count)]
@@ -435,7 +460,7 @@ def merge_fits(
     merged: FitState | None = None
     ordered = collect(paths, identity, "fit", read)
     for path, metadata in ordered:
-        if not metadata["finished"]:
+        if not metadata.get("finished"):
             raise Refusal(
                 f"{path} is a shard that was interrupted; run it again with resume=True first."
             )
@@ -445,7 +470,8 @@ def merge_fits(
         if merged is None:
             merged = state
         else:
-            merged.merge(state)
+            with understood(path, "a shard of the same survey"):
+                merged.merge(state)
     assert merged is not None
     sources = [files[path].content for path, _ in ordered]
     metadata = {"format": FORMAT, "identity": identity, "stage": "merged", "sources": sources}
@@ -456,13 +482,15 @@ def collect_parts(paths: Iterable[Path], identity: str, fit: str) -> list[Tensor
     """Every part of pass 2, verified, shard after shard."""
     parts: list[TensorFile] = []
     for path, manifest in collect(paths, identity, "test", read_json):
-        if manifest["fit"] != fit:
+        if manifest.get("fit") != fit:
             raise Refusal(
                 f"{path} was scored with maps of another merge of the fit pass; run this shard of "
                 "the test pass again with force=True."
             )
         share = Share(path.parent, identity, int(manifest["shard"]), int(manifest["of"]))
-        for number, content in enumerate(manifest["parts"]):
+        with understood(path, "the list of a shard's parts"):
+            contents = [str(content) for content in manifest["parts"]]
+        for number, content in enumerate(contents):
             part_path = share.part_path(number)
             if not part_path.exists():
                 raise Refusal(

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from darkmatter import remote
-from darkmatter._files import replacing, sha256_of, verify_sha256
+from darkmatter._files import replacing, sha256_of, understood, verify_sha256
 from darkmatter._refusal import Refusal
 from darkmatter.activations import Tokens
-from darkmatter.folders import begin, compare, entered, file_of
+from darkmatter.folders import begin, compare, entered, file_of, read_description
 from darkmatter.intervals import Interval
-from darkmatter.leastsquares import LinearMap, LinearStatistics
+from darkmatter.leastsquares import LinearMap, LinearStatistics, Precision
 from darkmatter.passes import FitState, Fitted, Work, fit_pass, score_part, solve
 from darkmatter.plans import described, pieces_of, planned
 from darkmatter.ranks import Ranks
@@ -40,6 +40,7 @@ from darkmatter.shards import (
     Share,
     TensorFile,
     collect_parts,
+    description_in,
     hash_tensors,
     locked,
     merge_fits,
@@ -47,6 +48,7 @@ from darkmatter.shards import (
     otherwise_divided,
     read_fit,
     read_json,
+    read_pieces,
     read_tokens,
     write_json,
     write_tensors,
@@ -147,8 +149,6 @@ class Survey:
 
         Raises Refusal when there is no finished survey, CorruptFile for a file that was altered.
         """
-        import pandas as pd
-
         folder = Path(folder)
         if not (folder / "survey.json").is_file():
             raise Refusal(
@@ -157,29 +157,35 @@ class Survey:
             )
         settings = read_json(folder / "survey.json")
         if settings.get("format") != FORMAT:
+            told = repr(settings.get("format"))[:40]
             raise Refusal(
-                f"{folder} holds a survey of format {settings.get('format')!r}, expected "
-                f"{FORMAT!r}; run it again with this version."
+                f"{folder} holds a survey of format {told}, expected {FORMAT!r}; run it again with "
+                "this version."
             )
 
         def checked(relative: str) -> Path:
-            verify_sha256(folder / relative, settings["outputs"][relative])
+            with understood(folder / "survey.json", "what a survey wrote"):
+                verify_sha256(folder / relative, settings["outputs"][relative])
             return folder / relative
 
         def one_map(kind: str, name: str) -> LinearMap:
             file = TensorFile(checked(file_of("maps", name, "safetensors")))
-            told = file.metadata
-            weight, bias = file[f"{kind}/weight"], file[f"{kind}/bias"]
-            return LinearMap(weight, bias, float(told["ridge"]), int(told["n"]))
+            with understood(file.path, "a map of a survey"):
+                told, weight, bias = file.metadata, file[f"{kind}/weight"], file[f"{kind}/bias"]
+                return LinearMap(weight, bias, float(told["ridge"]), int(told["n"]))
 
-        names = list(settings["saes"])
-        hooks = dict.fromkeys(one["hook"] for one in settings["saes"].values())
-        fit, test = read_tokens(checked("tokens.safetensors"), settings["documents"])
-        pieces = read_json(checked("pieces.json"))
+        with understood(folder / "survey.json", "what a survey wrote"):
+            names = [str(name) for name in settings["saes"]]
+            hooks = dict.fromkeys(str(one["hook"]) for one in settings["saes"].values())
+            documents, skip = dict(settings["documents"]), int(settings["settings"]["skip"])
+            "\n".join([*names, *hooks]).encode()
+        fit, test = read_tokens(checked("tokens.safetensors"), documents)
+        pieces = read_pieces(checked("pieces.json"))
         return cls(
-            table=pd.read_parquet(checked("table.parquet")),
+            table=_frame(checked("table.parquet"), len(names)),
             per_token=Lazy(
-                names, lambda name: pd.read_parquet(checked(file_of("per_token", name, "parquet")))
+                names,
+                lambda name: _frame(checked(file_of("per_token", name, "parquet")), test.n_tokens),
             ),
             error_maps=Lazy(names, partial(one_map, "error")),
             norm_maps=Lazy(names, partial(one_map, "norm")),
@@ -191,9 +197,9 @@ class Survey:
             ),
             fit=fit,
             test=test,
-            skip=int(settings["settings"]["skip"]),
+            skip=skip,
             settings=settings,
-            pieces={int(token): piece for token, piece in pieces.items()},
+            pieces=pieces,
             folder=folder,
         )
 
@@ -211,6 +217,17 @@ class Survey:
                 "report(folder)."
             )
         return write_report(self, target)
+
+
+def _frame(path: Path, most: int) -> pd.DataFrame:
+    """A table of a survey, of at most so many rows: packed, a small file holds any number."""
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    with understood(path, "a table of a survey"):
+        if (rows := pq.read_metadata(path).num_rows) > most:
+            raise ValueError(f"it has {rows} rows, expected at most {most}")
+        return pd.read_parquet(path)
 
 
 @overload
@@ -233,6 +250,7 @@ def survey(
     shard: tuple[int, int],
     one_at_a_time: bool = False,
     checkpoint_tokens: int | None = None,
+    precision: Precision = "float64",
 ) -> Path: ...
 @overload
 def survey(
@@ -253,6 +271,7 @@ def survey(
     shard: None = None,
     one_at_a_time: bool = False,
     checkpoint_tokens: int | None = None,
+    precision: Precision = "float64",
 ) -> Survey: ...
 def survey(
     model: Model,
@@ -272,6 +291,7 @@ def survey(
     shard: tuple[int, int] | None = None,
     one_at_a_time: bool = False,
     checkpoint_tokens: int | None = None,
+    precision: Precision = "float64",
 ) -> Survey | Path:
     """Split the error of every SAE into its linear and nonlinear part and score both.
 
@@ -285,7 +305,8 @@ def survey(
     goes on with `resume` and gives the same bytes; `force` replaces a survey that is there. Memory
     does not grow with the tokens, except by the tokens themselves.
     `one_at_a_time`: SAEs are taken from `saes`, which may load them, when their turn comes, and the
-    model is run once for each. `progress`: a bar on stderr.
+    model is run once for each. `progress`: a bar on stderr. `precision` "float32": the products of
+    the fit are taken in float32, for devices that are slow at float64 (`LinearStatistics`).
 
     `shard=(i, n)`: run share i of n only, and return its file in folder/shards. First all shares of
     the fit pass, then `merge`, then all shares of the test pass, then `merge`, which returns the
@@ -303,7 +324,7 @@ def survey(
         checkpoint_tokens = remote.TOKENS if model.remote else 1 << 15
     work = planned(
         model, saes, tokens, test, skip, seed, share, special, downstream, one_at_a_time,
-        checkpoint_tokens,
+        checkpoint_tokens, precision,
     )  # fmt: skip
     if resamples < 1:
         raise Refusal(f"resamples is {resamples}, expected at least 1; 1000 are usual.")
@@ -335,7 +356,7 @@ def survey(
             fitted = solve(work.about, fit)
             _run_test(work, own, fitted, content, progress)
             parts = [TensorFile(own.part_path(i)) for i in range(len(own.parts_done(content)))]
-            _finish(Path(folder), description, fit, fitted, parts, state)
+            _finish(Path(folder), fit, fitted, parts, state)
             shutil.rmtree(state)
     return Survey.load(folder)
 
@@ -371,14 +392,14 @@ def merge(
             f"There are no shards in {base} (no description.json); pass the folder given to "
             "survey(..., folder=..., shard=(i, n))."
         )
-    description = read_json(base / "description.json")
-    merged = base / "fit.safetensors"
+    description = description_in(base / "description.json")
+    merged, identity = base / "fit.safetensors", str(description["identity"])
     if not testing:
-        merge_fits(fits, description["identity"], merged, torch.device("cpu"))
+        merge_fits(fits, identity, merged, torch.device("cpu"))
         return merged
     target = Path(folder) if folder is not None else base.parent if base.name == "shards" else base
-    file = merged_fit(merged, description["identity"])
-    parts = collect_parts(tests, description["identity"], file.content)
+    file = merged_fit(merged, identity)
+    parts = collect_parts(tests, identity, file.content)
     home = target.resolve() in (base.resolve(), base.resolve().parent)
     # `entered` would clear the shards themselves away.
     with locked(target / "lock") if home else entered(target, None, resume=False, force=force):
@@ -386,7 +407,7 @@ def merge(
             raise Refusal(f"There is a survey in {target} already; pass force=True to replace it.")
         (target / "survey.json").unlink(missing_ok=True)
         fit = read_fit(file, torch.device("cpu"))
-        _finish(target, description, fit, solve(about_of(description), fit), parts, base)
+        _finish(target, fit, solve(about_of(description), fit), parts, base)
     return Survey.load(target)
 
 
@@ -603,7 +624,7 @@ def _among(
             fit, fitted, content = _share_of_rank(ranks, work, own, progress)
             manifests = state.glob("test-*.json")
             parts = collect_parts(manifests, description["identity"], content)
-            _finish(folder, description, fit, fitted, parts, state)
+            _finish(folder, fit, fitted, parts, state)
             shutil.rmtree(state)
     ranks.agree(None)
     return Survey.load(folder)
@@ -624,17 +645,16 @@ def _share_of_rank(
 
 def _finish(
     folder: Path,
-    description: dict[str, Any],
     state: FitState,
     fitted: Mapping[str, Fitted],
     parts: Sequence[Mapping[str, Tensor]],
     base: Path,
 ) -> None:
     """The survey of all parts, written into its folder."""
-    fit, test = read_tokens(base / "tokens.safetensors", description["documents"])
-    pieces = {int(token): piece for token, piece in read_json(base / "pieces.json").items()}
     # Versions and names are those of the run that began.
-    description = read_json(base / "description.json")
+    description = read_description(base)
+    fit, test = read_tokens(base / "tokens.safetensors", description["documents"])
+    pieces = read_pieces(base / "pieces.json")
     found = _summarise(description, state, fitted, parts, fit, test, pieces, {})
     _write(folder, found, lambda name: rows_of(parts, name))
 

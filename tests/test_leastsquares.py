@@ -242,7 +242,57 @@ class TestMoments:
             statistics.partial_fit(x, y[:, 0])
         same(statistics, LinearStatistics(3, 2).partial_fit(x, y), tolerance=0)
 
+    @mathematics
+    @given(
+        seeds,
+        st.integers(1, 60),
+        st.integers(1, 30),
+        st.integers(1, 4),
+        st.sampled_from([1e-30, 1e-18, 1e-4, 1.0, 1e4, 1e18]),
+    )
+    def test_float32_products(self, seed: int, n: int, d_in: int, d_out: int, size: float) -> None:
+        """Each moment to float32 rounding of its own row and column, at any scale."""
+        x, y = rows(seed, n, d_in, d_out)
+        scale = size * 10 ** (2 * normal(seed + 1, d_in))
+        x, y = ((x + 3) * scale).float(), (y + (x * scale).sum(1, keepdim=True) / size).float()
+        plain = LinearStatistics(d_in, d_out).partial_fit(x, y)
+        fast = LinearStatistics(d_in, d_out).partial_fit(x, y, "float32")
+        of_x, of_y = plain.sxx.diagonal().sqrt(), plain.syy.sqrt()
+        # Leading directions mix columns, so the largest of x takes the place of each.
+        largest = float(of_x.max())
+        bound = 2e-6
+        assert ((fast.sxx - plain.sxx).abs() <= bound * largest * of_x.max()).all()
+        assert ((fast.sxy - plain.sxy).abs() <= bound * largest * of_y).all()
+        assert ((fast.syy - plain.syy).abs() <= bound * plain.syy).all()
+        assert ((fast.mean_x - plain.mean_x).abs() <= 1e-6 * x.abs().max()).all()
+        assert ((fast.mean_y - plain.mean_y).abs() <= 1e-6 * y.abs().max()).all()
+
+    def test_float32_products_keep_a_small_residual(self) -> None:
+        # y is linear in x but for one part in 1e4 of its length; x has a direction a thousandfold.
+        x = normal(0, 3000, 20) @ torch.diag(torch.tensor([1000.0] + [1.0] * 19).double())
+        x = x @ torch.linalg.qr(normal(1, 20, 20)).Q + 50
+        y = x @ normal(2, 20, 5)
+        y = y + 1e-4 * y.std() * normal(3, 3000, 5)
+        x, y = x.float(), y.float()
+        fast, plain, naive = (LinearStatistics(20, 5) for _ in range(3))
+        for part_x, part_y in zip(x.split(700), y.split(700), strict=True):
+            plain.partial_fit(part_x, part_y)
+            fast.partial_fit(part_x, part_y, "float32")
+        expected = plain.fvu(plain.solve())
+        assert expected < 1e-7
+        assert fast.fvu(fast.solve()) == pytest.approx(expected, rel=1e-5)
+        assert plain.fvu(fast.solve()) == pytest.approx(expected, rel=1e-6)
+        # Float32 sums of the centred rows, as they are, lose it.
+        centred_x, centred_y = x - x.mean(0), y - y.mean(0)
+        naive.partial_fit(x, y)
+        naive.sxx = (centred_x.T @ centred_x).double()
+        naive.sxy = (centred_x.T @ centred_y).double()
+        naive.syy = centred_y.square().sum(0).double()
+        assert abs(naive.fvu(naive.solve()) / expected - 1) > 1e-2
+
     def test_refused_widths(self) -> None:
+        with refused('precision is \'float16\', expected "float64" or "float32"'):
+            LinearStatistics(1, 1).partial_fit(*rows(0, 5, 1, 1), "float16")  # pyright: ignore
         with refused("d_in=0 and d_out=2"):
             LinearStatistics(0, 2)
         with refused(r"cannot merge LinearStatistics\(d_in=3, d_out=1, n=0\) into"):
@@ -458,6 +508,10 @@ class TestFile:
             path.write_bytes(whole[:length])
             with refused("is not a file written by LinearStatistics.save"):
                 LinearStatistics.load(path)
+        last = len(whole) - 20
+        path.write_bytes(whole[:last] + bytes([whole[last] ^ 1]) + whole[last + 1 :])
+        with refused("its numbers were altered after they were written"):
+            LinearStatistics.load(path)
         path.write_bytes(b"not safetensors at all, but long enough to have a header")
         with refused("is not a file written by LinearStatistics.save"):
             LinearStatistics.load(path)

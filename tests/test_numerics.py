@@ -14,7 +14,7 @@ from torch import Tensor
 from darkmatter.errors import split_error
 from darkmatter.geometry import neighbour_cosines
 from darkmatter.intervals import document_sums, fvu_from_totals
-from darkmatter.leastsquares import LinearStatistics, fvu
+from darkmatter.leastsquares import LinearStatistics, Precision, fvu
 from darkmatter.pursuit import gradient_pursuit
 from darkmatter.scaling import NormMoments, per_token_scaling
 from darkmatter.sparse import SparseCode
@@ -57,11 +57,12 @@ def solved(x: Tensor, y: Tensor) -> float:
     return plain_fvu(y, design @ weight)
 
 
-def test_streaming_least_squares(rows: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_streaming_least_squares(rows: tuple[Tensor, Tensor], precision: Precision) -> None:
     x, error = rows
     moments = LinearStatistics(D, D)
     for part, target in zip(x.split(700), error.split(700), strict=True):
-        moments.partial_fit(part, target)
+        moments.partial_fit(part, target, precision)
     expected = solved(x, error)
     assert moments.fvu(moments.solve()) == pytest.approx(expected, rel=RIGHT)
     # The map is applied in float32, where x of size 100 leaves some 1e-5.

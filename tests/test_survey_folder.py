@@ -20,6 +20,7 @@ import torch
 import darkmatter as dm
 from darkmatter import splicing
 from darkmatter.shards import locked
+from tests.common import refused
 from tests.surveys import SKIP, documents_of, ended, forked, killed_after
 
 KEYS = {"skip": SKIP, "resamples": 50, "checkpoint_tokens": 16 * 32}
@@ -213,6 +214,18 @@ def test_saes_one_at_a_time(
         found.statistics[hook].sxy, in_memory.statistics[hook].sxy, rtol=1e-9, atol=1e-9
     )
     assert found.statistics[hook].syy.shape == in_memory.statistics[hook].syy.shape
+
+
+def test_float32_products(
+    in_memory: Any, tiny_model: Any, documents: dm.Tokens, saes: dict[str, Any]
+) -> None:
+    found = dm.survey(tiny_model, saes, documents, precision="float32", **KEYS)
+    # Float32 products: FVU and R2 to 1e-6, which the share of FVU recovered multiplies.
+    pd.testing.assert_frame_equal(found.table, in_memory.table, rtol=1e-4, atol=1e-5)
+    assert not found.table.equals(in_memory.table)
+    assert found.settings["settings"]["precision"] == "float32"
+    with refused("precision is 'float16', expected \"float64\" or"):
+        dm.survey(tiny_model, saes, documents, precision="float16", **KEYS)
 
 
 @pytest.mark.parametrize("other", ["nnsight", "bfloat16"])

@@ -34,13 +34,15 @@ from darkmatter.sparse import SparseCode
 
 Case = Literal["worst", "typical"]
 
-# Cosines of one chunk of rows with all directions: this many numbers (32 MB of float32). On a GPU
+# Cosines of one chunk of rows with all directions: this many numbers (128 MB of float32). On a GPU
 # more, so that products have enough rows to be fast.
-_CHUNK, _GPU_CHUNK = 1 << 23, 1 << 27
+_CHUNK, _GPU_CHUNK = 1 << 25, 1 << 27
 # Step of the integral over cosines; its integrand is a smooth step, wider than this below d = 10^6.
 _STEP = 1e-4
 # Each brings the rms cosine of a drawn control some ten times closer to that asked for.
 _CALIBRATIONS = 3
+# Of a histogram: ten bins in each, so that there are at most 200,000.
+_NARROWEST = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,12 +350,12 @@ def histogram_peaks(
     A Gaussian kernel of standard deviation `bandwidth` smooths; without one it is Silverman's
     0.9 min(s, IQR / 1.34) n^(-1/5), at least 0.005.  A peak counts when one has to go down by at
     least `prominence` times the highest peak to reach a higher one.  Raises Refusal for values
-    outside [-1, 1], none at all, or a bandwidth or prominence not in (0, 1).
+    outside [-1, 1], none at all, a bandwidth below 1e-4, or one of the two not in (0, 1).
     """
-    if not (0 < prominence < 1 and (bandwidth is None or 0 < bandwidth < 1)):
+    if not (0 < prominence < 1 and (bandwidth is None or _NARROWEST <= bandwidth < 1)):
         raise Refusal(
-            f"bandwidth is {bandwidth} and prominence {prominence}, expected both between 0 and 1; "
-            "0.015 and 0.05 suit cosines of decoders."
+            f"bandwidth is {bandwidth} and prominence {prominence}, expected both between 0 and 1 "
+            f"and the bandwidth at least {_NARROWEST}; 0.015 and 0.05 suit cosines of decoders."
         )
     cosines = finite_rows("values", values)
     if cosines.numel() == 0 or cosines.shape[1] != 1 or float(cosines.abs().max()) > 1:

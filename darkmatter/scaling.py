@@ -28,16 +28,17 @@ from torch import Tensor
 
 from darkmatter._refusal import Refusal
 from darkmatter.intervals import Interval, bootstrap
-from darkmatter.leastsquares import finite_rows, float64_blocks, is_constant
+from darkmatter.leastsquares import finite_rows, is_constant
 
 # Below these the law is a straight line in log width; above, a step at the smallest width.
-_EXPONENTS = np.geomspace(1e-4, 20, 240)
+_EXPONENTS = np.geomspace(1e-4, 20, 120)
+_WIDEST, _LARGEST_LOG = 1e12, math.log(np.finfo(np.float64).max)
 # Residuals below this share of the FVU are float64 rounding: the points lie on the law.
 _EXACT = 1e-13
 # Below this determinant of their correlations, two columns of norms are one.
 _COLLINEAR = 1e-10
 # So many rows of norms stay in a core's cache from their conversion to their product.
-_ROWS = 2048
+_ROWS = 4096
 # A share of the variance below this is float64 rounding of sums: nothing is left to explain.
 _NOTHING_LEFT = 1e-12
 
@@ -173,7 +174,8 @@ class _Points:
         regressor = np.exp(-(exponents[:, None] * self.above))
         if log_scale is not None:
             height = np.exp(log_scale - exponents * self.smallest)
-            floors = np.maximum((self.fvu - height[:, None] * regressor).mean(1), 0)
+            missing = self.fvu - height[:, None] * regressor
+            floors = np.maximum(missing.sum(1) / len(self.fvu), 0)
         elif floor is not None:
             floors = np.full(len(exponents), floor)
             height = np.maximum(regressor @ (self.fvu - floor) / (regressor**2).sum(1), 0)
@@ -232,13 +234,16 @@ def _crossing(excess: Callable[[float], float], best: float, step: float, bound:
         if (outside - bound) * step > 0:
             outside = bound
         if excess(outside) > 0:
-            return _root(excess, inside, outside)
+            # An end of an interval needs fewer digits than the fit.
+            return _root(excess, inside, outside, 1e-9)
         inside, step = outside, 2 * step
     return bound
 
 
-def _root(function: Callable[[float], float], start: float, stop: float) -> float:
-    return cast(float, brentq(function, start, stop, xtol=1e-12))
+def _root(
+    function: Callable[[float], float], start: float, stop: float, precision: float = 1e-12
+) -> float:
+    return cast(float, brentq(function, start, stop, xtol=precision))
 
 
 def _from_log(interval: tuple[float, float], bounds: tuple[float, float]) -> tuple[float, float]:
@@ -246,7 +251,7 @@ def _from_log(interval: tuple[float, float], bounds: tuple[float, float]) -> tup
     low, high = interval
     return (
         0.0 if low <= bounds[0] else math.exp(low),
-        math.inf if high >= bounds[1] else math.exp(high),
+        math.inf if high >= min(bounds[1], _LARGEST_LOG) else math.exp(high),
     )
 
 
@@ -264,6 +269,11 @@ def _checked(width: ArrayLike, fvu: ArrayLike) -> tuple[NDArray[np.float64], NDA
                 f"{name}[{bad.argmax()}] is {array[bad.argmax()]}, expected finite positive "
                 "numbers; leave that point out."
             )
+    if widths.max() > _WIDEST or widths.min() < 1 / _WIDEST or not 1e-50 < values.max() < 1e50:
+        raise Refusal(
+            f"widths go up to {widths.max():g} and fvu to {values.max():g}, expected sizes and "
+            "shares, whose powers stay in the range of float64; divide all by one number."
+        )
     if len(np.unique(widths)) < len(widths):
         raise Refusal(
             f"the widths {widths.tolist()} repeat, expected each once; "
@@ -332,15 +342,17 @@ class NormMoments:
             order = document.argsort(stable=True)
             norms, document = norms[order], document[order]
         present, counts = document.unique_consecutive(return_counts=True)
-        totals = torch.zeros(len(present), self.columns, dtype=torch.float64)
-        products = torch.zeros(len(present), self.columns, self.columns, dtype=torch.float64)
+        # Rows as columns, and a last row of ones, whose products are the sums.
+        k = self.columns
+        ones = torch.ones(k + 1, min(_ROWS, len(norms)), dtype=torch.float64)
+        products = torch.zeros(len(present), k + 1, k + 1, dtype=torch.float64)
         parts = norms.split(cast("list[int]", counts.tolist()))
-        for part, total, product in zip(parts, totals, products, strict=True):
-            for (block,) in float64_blocks(part, rows=_ROWS):
-                z = block - self.shift
-                total += z.sum(0)
-                product.addmm_(z.T, z)
-        products = products.flatten(1)
+        for part, product in zip(parts, products, strict=True):
+            for block in part.split(_ROWS):
+                z = ones[:, : len(block)]
+                torch.sub(block.T, self.shift[:, None], out=z[:k])
+                product.addmm_(z, z.T)
+        totals, products = products[:, k, :k], products[:, :k, :k].flatten(1)
         self._add(present, torch.cat([counts[:, None].to(torch.float64), totals, products], 1))
         return self
 

@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, case in cases(SIZES[asked.size], device, Path(folder)):
-            rows.append(run_case(name, ROWS[name], case, machine, asked.repeats))
+            rows.append(run_case(name, ROWS[name], case, machine.__getitem__, asked.repeats))
             print(line(rows[-1]), flush=True)
     on_gpu = device.type == "cuda"
     results = {

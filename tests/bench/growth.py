@@ -93,7 +93,7 @@ WORKS = (
         {"tokens": (4096, 8192, 16384, 32768), "d": (128, 256, 512)},
         _fit,
         lambda s: 4.0 * s["tokens"] * s["d"] ** 2,
-        lambda s: 2 * 8 * s["d"] ** 2 + 2 * 8 * min(2048, s["tokens"]) * s["d"],
+        lambda s: 2 * 8 * s["d"] ** 2 + 2 * 8 * min(1024, s["tokens"]) * s["d"],
         {("time", "tokens"): OVERHEAD, ("time", "d"): BOTH},
     ),
     Work(

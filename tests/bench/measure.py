@@ -57,6 +57,13 @@ def bandwidth(numbers: int, device: str = "cpu", repeats: int = 7) -> float:
     return 8 * numbers / _fastest(lambda: out.copy_(a), repeats)
 
 
+def rate(kind: str, quick: bool = False, repeats: int = 2) -> float:
+    """What the machine reaches at this moment: FLOP/s of "float32" or "float64", or "memory"."""
+    if kind == "memory":
+        return bandwidth(1 << (16 if quick else 26), repeats=repeats)
+    return product_rate(getattr(torch, kind), 256 if quick else 2048, repeats=repeats)
+
+
 def machine(quick: bool = False) -> dict[str, Any]:
     """CPU, cores, versions, and the rates that this machine reaches; no name of the host."""
     return {
@@ -65,9 +72,7 @@ def machine(quick: bool = False) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "float32": product_rate(torch.float32, 256 if quick else 2048),
-        "float64": product_rate(torch.float64, 256 if quick else 2048),
-        "memory": bandwidth(1 << (16 if quick else 26)),
+        **{kind: rate(kind, quick, repeats=7) for kind in ("float32", "float64", "memory")},
     }
 
 

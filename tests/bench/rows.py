@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from darkmatter.book.execution import METADATA_KEY, executed_notebooks
 from darkmatter.book.pages import BUDGET_BYTES
 from darkmatter.book.paths import open_book
 from darkmatter.geometry import neighbour_cosines
-from darkmatter.leastsquares import LinearStatistics
+from darkmatter.leastsquares import LinearStatistics, Precision
 from darkmatter.pursuit import gradient_pursuit
 from darkmatter.scaling import NormMoments, fit_power_law, per_token_scaling
 from darkmatter.sensitivity import curves, relative_path
@@ -121,13 +121,18 @@ def survey_fit(quick: bool) -> Iterator[Case]:
         norms = torch.stack([e.square().sum(1) for e in error], 1)
         stored = x.repeat(tiles, 1), error[0].repeat(tiles, 1), norms[:, :1].repeat(tiles, 1)
 
-        def ours(x: Tensor = x, error: list[Tensor] = error, norms: Tensor = norms) -> Tensor:
+        def ours(
+            precision: Precision,
+            x: Tensor = x,
+            error: list[Tensor] = error,
+            norms: Tensor = norms,
+        ) -> Tensor:
             moments = LinearStatistics(x.shape[1], SAES * x.shape[1] + SAES)
             for _ in range(tiles):
                 for start in range(0, len(x), 4096):
                     rows = slice(start, start + 4096)
                     targets = torch.cat([*(e[rows] for e in error), norms[rows]], 1)
-                    moments.partial_fit(x[rows], targets)
+                    moments.partial_fit(x[rows], targets, precision)
             return moments.solve().weight
 
         def theirs(stored: tuple[Tensor, ...] = stored) -> tuple[Tensor, Tensor]:
@@ -145,17 +150,19 @@ def survey_fit(quick: bool) -> Iterator[Case]:
                 for solution, mine in zip(solutions, ours, strict=True)
             )
 
-        yield Case(
-            size=f"d = {d}, {tiles * n:,} tokens, {SAES} SAEs; published: 1 of {SAES} SAEs",
-            ours=ours,
-            published=theirs,
-            check=check,
-            tolerance=1e-3,
-            met=at_least(5),
-            part=1 / SAES,
-            work=tiles * n * (2.0 * d * d * (1 + SAES) + 2 * d * SAES),
-            rate="float64",
-        )
+        for precision in get_args(Precision):
+            yield Case(
+                size=f"d = {d}, {tiles * n:,} tokens, {SAES} SAEs, {precision} products; "
+                f"published: 1 of {SAES} SAEs",
+                ours=partial(ours, precision),
+                published=theirs,
+                check=check,
+                tolerance=1e-3,
+                met=at_least(5),
+                part=1 / SAES,
+                work=tiles * n * (2.0 * d * d * (1 + SAES) + 2 * d * SAES),
+                rate=precision,
+            )
 
 
 # ---- pursuit

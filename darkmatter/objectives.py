@@ -25,8 +25,9 @@ sae-lens whose loss each of the four is (tests compare values and gradients), an
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, log
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -372,17 +373,23 @@ def as_training_class(
 def train_objective_with_sae_lens(
     rows: Float[Tensor, "n d"],
     recipe: ObjectiveRecipe,
-    sparsity: float | int,
     hook: str | None = None,
+    sparsity: float | int | None = None,
 ) -> Trained:
     """`train_objective` by sae-lens' own trainer, from the same start and on the same rows.
 
-    `sparsity` is the penalty throughout, as that trainer steers none, in units in which a row has
-    variance d. It clips gradients to a norm of one and leaves the norms of decoder rows free; they
-    are folded into the encoder at the end. Raises Refusal as `train_objective`, and for an
-    objective that is not one of l1, expanded, gated and topk.
+    That trainer steers no penalty, so the loss does: after each batch, as in `train_objective`. Or
+    `sparsity` is the penalty throughout, in units in which a row has variance d. The trainer clips
+    gradients to a norm of one and leaves the norms of decoder rows free; they are folded into the
+    encoder at the end. Raises Refusal as `train_objective`, and for an objective that is not one of
+    l1, expanded, gated and topk.
     """
     _check(rows, recipe)
+    if sparsity is not None and not 0 <= sparsity < inf:
+        raise Refusal(
+            f"sparsity is {sparsity}, expected a finite number of at least 0; leave it out to have "
+            "it steered to the L0 of the recipe."
+        )
     match recipe.objective:
         case "l1" | "expanded" | "gated" | "topk" as objective:
             pass
@@ -394,12 +401,14 @@ def train_objective_with_sae_lens(
     steps = recipe.samples // recipe.batch
     batches = (start.batch(step) for step in range(steps))
     with torch.random.fork_rng(devices=[]):
-        made = as_training_class(objective, start.parameters, sparsity, int(recipe.l0))
+        penalty = _Penalty(recipe, sparsity)
+        made = as_training_class(objective, start.parameters, penalty.value, int(recipe.l0))
+        made.training_forward_pass = penalty.around(made.training_forward_pass)
         trained = fit_with_sae_lens(made, batches, steps, recipe.batch, recipe.learning_rate)
         trained.fold_W_dec_norm()
         for name, ours in _in_sae_lens(objective).items():
             setattr(start.parameters, ours, getattr(trained, name).detach().clone())
-        return start.trained(float(sparsity), hook)
+        return start.trained(penalty.late, hook)
 
 
 def _check(rows: Tensor, recipe: ObjectiveRecipe) -> None:
@@ -419,6 +428,48 @@ def _check(rows: Tensor, recipe: ObjectiveRecipe) -> None:
         )
 
 
+class _Penalty:
+    """The weight of the sparsity term, steered to the L0 of a recipe batch by batch, or held."""
+
+    def __init__(self, recipe: ObjectiveRecipe, held: float | int | None = None) -> None:
+        self._recipe, self._held, self._step = recipe, held is not None, 0
+        # One that shrinks a latent by a tenth or so of its usual size in these units.
+        value = 4.0 if held is None else held
+        self._log, self._late = log(value) if value else -inf, 0.0
+        self._steps = recipe.samples // recipe.batch
+        self._counted = max(1, self._steps // 10)
+
+    @property
+    def value(self) -> float:
+        return exp(self._log)
+
+    @property
+    def late(self) -> float:
+        """The mean over the last tenth of the steps."""
+        return self._late
+
+    def steer(self, l0: float) -> None:
+        """After a batch, whose L0 this was."""
+        if not self._held:
+            aim = self._recipe.l0
+            self._log += self._recipe.steering * max(-1.0, min(1.0, log(max(l0, 0.1) / aim)))
+        if self._step >= self._steps - self._counted:
+            self._late += self.value / self._counted
+        self._step += 1
+
+    def around(self, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The forward pass of one of sae-lens' training classes, with this penalty."""
+
+        def steered(step_input: Any) -> Any:
+            if "l1" in step_input.coefficients:
+                step_input.coefficients["l1"] = self.value
+            output = forward(step_input)
+            self.steer(float((output.feature_acts > 0).sum(1).float().mean()))
+            return output
+
+        return steered
+
+
 @torch.no_grad()
 def _optimise(start: _Start) -> float:
     """Adam in place; returns the penalty averaged over the last tenth of the steps."""
@@ -428,11 +479,10 @@ def _optimise(start: _Start) -> float:
         groups.append({"params": [parameters.threshold], "faster": _THRESHOLD_FASTER})
     optimiser = torch.optim.Adam(groups, fused=True)
     steps = recipe.samples // recipe.batch
-    # A penalty that shrinks a latent by a tenth or so of its usual size in these units.
-    sparsity, late = log(4.0), 0.0
+    penalty = _Penalty(recipe)
     for step in range(steps):
         z = start.batch(step)
-        l0, gradient = _gradients(recipe, parameters, z, exp(sparsity))
+        l0, gradient = _gradients(recipe, parameters, z, penalty.value)
         if recipe.orthogonality:
             with torch.enable_grad():
                 decoder = parameters.W_dec.detach().requires_grad_()
@@ -448,10 +498,8 @@ def _optimise(start: _Start) -> float:
         W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
         if parameters.threshold is not None:
             parameters.threshold.clamp_(min=0)
-        sparsity += recipe.steering * max(-1.0, min(1.0, log(max(l0, 0.1) / recipe.l0)))
-        if step >= steps - max(1, steps // 10):
-            late += exp(sparsity) / max(1, steps // 10)
-    return late
+        penalty.steer(l0)
+    return penalty.late
 
 
 def _gradients(

@@ -207,7 +207,10 @@ def test_sae_lens_trains_every_objective_from_our_start(objective: Any) -> None:
     recipe = ObjectiveRecipe(objective, 32, 2, samples=40_000, batch=250)
     ours = train_objective(x, recipe, "blocks.0.hook_resid_post")
     before = torch.get_rng_state()
-    theirs = train_objective_with_sae_lens(x, recipe, ours.sparsity, "blocks.0.hook_resid_post")
+    theirs = train_objective_with_sae_lens(
+        x, recipe, "blocks.0.hook_resid_post", sparsity=ours.sparsity
+    )
+    assert theirs.sparsity == pytest.approx(ours.sparsity)
     assert torch.equal(before, torch.get_rng_state())
     assert type(theirs.sae) is type(ours.sae)
     assert theirs.sae.cfg.metadata.hook_name == "blocks.0.hook_resid_post"
@@ -217,8 +220,21 @@ def test_sae_lens_trains_every_objective_from_our_start(objective: Any) -> None:
     assert missed[1] < missed[0] + 0.12
 
 
+@pytest.mark.parametrize("objective", ["l1", "expanded", "gated"])
+def test_the_penalty_is_steered_in_sae_lens_too(objective: Any) -> None:
+    x = planted(4_000)
+    for l0 in (1.5, 3):
+        recipe = ObjectiveRecipe(objective, 32, l0, samples=120_000, batch=250)
+        found = train_objective_with_sae_lens(x, recipe)
+        reached = float((found.sae.encode(x) > 0).sum(1).float().mean())
+        # What the last batches, two percent at a time, did not settle.
+        assert reached == pytest.approx(l0, rel=0.12)
+
+
 def test_sae_lens_is_not_asked_for_what_it_trains_otherwise() -> None:
-    with refused("expected one of"):
+    with refused("sparsity is -1.0, expected a finite number of at least 0"):
         train_objective_with_sae_lens(
-            planted(500), ObjectiveRecipe("jumprelu", 32, 2, 1_000, 250), 1.0
+            planted(500), ObjectiveRecipe("l1", 32, 2, 1_000, 250), sparsity=-1.0
         )
+    with refused("expected one of"):
+        train_objective_with_sae_lens(planted(500), ObjectiveRecipe("jumprelu", 32, 2, 1_000, 250))

@@ -1,4 +1,5 @@
-"""Checks of chapter 15: the soft threshold, a stopped gradient, a flip of the optimum, a bias."""
+"""Checks of chapter 15: the soft threshold, a stopped gradient, a flip of the optimum, a bias,
+and a reconstruction that is incomplete and not short."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darkmatter.book.checks.common import alike
+from darkmatter.book.checks.common import alike, normal
 from darkmatter.book.exercises import NotYet, exercise
+from darkmatter.objectives import shrinkage
 
 
-@exercise("15.1", difficulty=2, minutes=8, teaches="An L1 penalty takes half of itself away.")
+@exercise("15.1", difficulty=2, minutes=8, teaches="What an L1 penalty does to the size of a code.")
 def best_code(answer: Callable[..., Any]) -> str:
     """Codes of one latent whose decoder has unit norm, against a fine search."""
     x = torch.tensor([-1.0, 0.1, 0.35, 0.8, 2.0], dtype=torch.float64)
@@ -149,3 +151,27 @@ def safe_bias(answer: Callable[[float, float], float | None]) -> str:
             f"At bias {bias:g} two features of strength {low} do not excite the latent."
         )
     return "The composed latent needs a bias between minus twice the softest and minus the loudest."
+
+
+@exercise("15.5", difficulty=3, minutes=12, teaches="Short is not the same as incomplete.")
+def falsely_shrunken(answer: Callable[[Tensor], Any]) -> str:
+    """gamma calls it shrunken by a third or more, though no stretch would make it better."""
+    x = normal(5, 2000, 8) + 3
+    given = answer(x.clone())
+    if not isinstance(given, Tensor) or given.shape != x.shape:
+        raise NotYet("Return one reconstruction for each row, a tensor [n, d].")
+    assert not alike(given, x), "That is x itself: gamma is one, and nothing is missing."
+    assert float(given.double().var(0).sum()) > 1e-9, (
+        "A reconstruction that is the same for every token cannot be stretched; keep part of x."
+    )
+    found = shrinkage(x, given.double())
+    assert found.gamma <= 2 / 3, (
+        f"gamma is {found.gamma:.2f}, so at most two thirds is not reached: leave more of x out."
+    )
+    assert abs(found.stretch - 1) < 0.01, (
+        f"The best stretch is {found.stretch:.2f}, so its length really is wrong, and gamma is "
+        "right. Leave whole directions out, at their mean, and keep the others as they are."
+    )
+    return (
+        f"gamma says {found.gamma:.2f}, and stretching would not help: half is missing, not short."
+    )

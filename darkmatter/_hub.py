@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from darkmatter._files import CorruptFile, verify_safetensors, verify_sha256
+from darkmatter._files import CorruptFile, understood, verify_safetensors, verify_sha256
 from darkmatter._refusal import Refusal
 
 _PROBE_SECONDS = 3.0
@@ -36,6 +36,7 @@ _ALIASES = {
     "gpt2-xl": "openai-community/gpt2-xl",
 }
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_FILE = re.compile(r"[\w.-]{1,200}(?<!^\.)(?<!^\.\.)")
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -371,11 +372,12 @@ def weight_files(folder: Path) -> list[Path] | None:
     index = folder / _INDEX
     if not index.is_file():
         return None
-    try:
-        shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise CorruptFile(f"{index} is not an index of weights; download it again.") from error
-    return [folder / name for name in sorted(set(shards.values()))]
+    with understood(index, "an index of weights"):
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        # A path would lead out of the folder.
+        if outside := [name for name in names if not _FILE.fullmatch(name)]:
+            raise ValueError(f"{outside[0]!r} is no name of a file beside it")
+    return [folder / name for name in names]
 
 
 def _fetch_config(repository: str, revision: str | None) -> Path:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from darkmatter._refusal import Refusal
 from darkmatter.models import Model
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,12 +181,13 @@ def measured(
 def _batches(
     model: Model, hooks: tuple[str, ...], tokens: Tokens, counts: Tensor, parts: Sequence[slice]
 ) -> Iterator[Batch]:
-    read = _Reader(model, hooks)
+    halves = Halves(model, tokens.tokens.shape[1])
     for part in parts:
         context, position = counts[part].nonzero(as_tuple=True)
         if len(context) == 0:
             continue
-        activations, loss = read(tokens.tokens[part])
+        read = halves(part, lambda some: model.read(tokens.tokens[some], hooks))
+        activations, loss = read[0] if len(read) == 1 else _joined(hooks, read)
         rows = context.to(loss.device), position.to(loss.device)
         taken = {hook: activations[hook][rows] for hook in hooks}
         document = tokens.document[part][context]
@@ -209,26 +213,42 @@ def _batches(
         )
 
 
-class _Reader:
-    """`model.read` at a few hooks, of as many contexts at a time as the device has memory for."""
+def _joined(
+    hooks: tuple[str, ...], read: list[tuple[dict[str, Tensor], Tensor]]
+) -> tuple[dict[str, Tensor], Tensor]:
+    activations = {hook: torch.cat([part[hook] for part, _ in read]) for hook in hooks}
+    return activations, torch.cat([loss for _, loss in read])
 
-    def __init__(self, model: Model, hooks: tuple[str, ...]) -> None:
-        self.model, self.hooks = model, hooks
+
+class Halves:
+    """Contexts are worked on together, or as many at a time as the device has memory for."""
+
+    def __init__(self, model: Model, length: int) -> None:
+        self.model, self.length = model, length
         self.most: int | None = None
 
-    def __call__(self, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        while True:
-            size = min(self.most or len(tokens), len(tokens))
+    def __call__(self, contexts: slice, work: Callable[[slice], Found]) -> list[Found]:
+        """What `work` returns of all these contexts or, in order, of parts of them.
+
+        Raises Refusal when there is no memory for one. A part that does not fit is begun again.
+        """
+        found: list[Found] = []
+        at: int = contexts.start
+        while at < contexts.stop:
+            size = min(self.most or contexts.stop, contexts.stop - at)
             try:
-                found = [self.model.read(part, self.hooks) for part in tokens.split(size)]
-            except torch.OutOfMemoryError:
+                found.append(work(slice(at, at + size)))
+            except RuntimeError as error:
+                if not lacks_memory(error):
+                    raise
                 self.most = size // 2
             else:
-                break
+                at += size
+                continue
             # Not in the handler, where the error would keep what did not fit.
             if self.most == 0:
                 raise Refusal(
-                    f"{self.model.device} has no memory for one context of {tokens.shape[1]} tokens"
+                    f"{self.model.device} has no memory for one context of {self.length} tokens"
                     f" of {self.model.name}; read shorter contexts, or open it in half precision "
                     "or on another device."
                 )
@@ -238,10 +258,14 @@ class _Reader:
                 RuntimeWarning,
                 stacklevel=4,
             )
-        if len(found) == 1:
-            return found[0]
-        activations = {hook: torch.cat([part[hook] for part, _ in found]) for hook in self.hooks}
-        return activations, torch.cat([loss for _, loss in found])
+        return found
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether a device had no memory. torch has a class for CUDA's; others tell it in words."""
+    told = str(error)
+    words = "out of memory" in told or "can't allocate memory" in told
+    return isinstance(error, torch.OutOfMemoryError) or words
 
 
 def collect(batches: Iterable[Batch]) -> Batch:

@@ -32,7 +32,7 @@ def planned(
     downstream: bool,
     one_at_a_time: bool,
     checkpoint_tokens: int,
-    precision: Precision,
+    precision: Precision = "float64",
 ) -> Work:
     """All that can be refused is, before anything runs."""
     if model.remote is True:

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from darkmatter._refusal import Refusal
-from darkmatter.activations import Tokens, measured
+from darkmatter.activations import Halves, Tokens, measured
 from darkmatter.intervals import Interval, bootstrap, document_sums, fvu_from_totals
 from darkmatter.models import Model
 
@@ -280,7 +280,8 @@ def splice(
     Each batch of contexts is read once for all variants. A variant at a residual stream then runs
     only the blocks after it (`Model.resume`); at other hooks it runs the whole model. Log
     probabilities of the original are held for one batch, 8 * batch_contexts * positions *
-    vocabulary bytes: lower `batch_contexts` for large vocabularies.
+    vocabulary bytes: lower `batch_contexts` for large vocabularies. A batch for which the device
+    has no memory is run in halves, as are those that follow, which a RuntimeWarning says.
 
     Raises Refusal for an unknown hook or base, no variants, a variant called "original", tokens
     the model cannot read, or a mask that leaves none; and while running for a variant that returns
@@ -303,9 +304,11 @@ def splice(
             f"first {skip} positions; pass at least one document with more text."
         )
     run = _Run(model, tokens, hook, dict(variants), bases, skip, counts, seed)
+    halves = Halves(model, length)
     with torch.no_grad():
         for start in range(0, tokens.n_contexts, batch_contexts):
-            run.batch(slice(start, min(start + batch_contexts, tokens.n_contexts)))
+            part = slice(start, min(start + batch_contexts, tokens.n_contexts))
+            run.add(halves(part, run.batch))
     return run.result(resamples)
 
 
@@ -331,6 +334,15 @@ def _bases(variants: Mapping[str, Variant], base: str | Mapping[str, str] | None
             f"{', '.join(variants)}."
         )
     return bases
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What was found of a batch: values by (score, variant), and moments of x with documents."""
+
+    values: dict[tuple[str, str], Tensor]
+    document: Tensor
+    rows: Tensor
 
 
 class _Run:
@@ -362,8 +374,25 @@ class _Run:
         documents = len(tokens.names)
         self.moments = torch.zeros(documents, model.width(hook) + 2, dtype=torch.float64)
 
-    def batch(self, part: slice) -> None:
+    def batch(self, part: slice) -> _Scores:
         """The clean forward of a batch, then every variant of it."""
+        drawn = {name: generator.get_state() for name, generator in self.generators.items()}
+        try:
+            return self._batch(part)
+        except RuntimeError:
+            # One that did not fit is begun again.
+            for name, state in drawn.items():
+                self.generators[name].set_state(state)
+            raise
+
+    def add(self, batches: list[_Scores]) -> None:
+        """Keep what was found of batches."""
+        for batch in batches:
+            for key, values in batch.values.items():
+                self.parts.setdefault(key, []).append(values)
+            self.moments.index_add_(0, batch.document, batch.rows)
+
+    def _batch(self, part: slice) -> _Scores:
         ids = self.tokens.tokens[part]
         chosen = self.counts[part, self.positions].flatten()
         seen: list[Tensor] = []
@@ -378,24 +407,21 @@ class _Run:
         here = slice(int(self.counts[: part.start].sum()), int(self.counts[: part.stop].sum()))
         target = ids[:, self.skip + 1 :].flatten().to(clean.device)
         reference = _Reference(clean.flatten(0, 1), target)
-        self._add("cross_entropy", ORIGINAL, reference.loss.cpu()[chosen])
-        self._finite("the original model", self.parts["cross_entropy", ORIGINAL][-1], here)
+        found = {("cross_entropy", ORIGINAL): reference.loss.cpu()[chosen]}
+        self._finite("the original model", found["cross_entropy", ORIGINAL], here)
         square = x.double().square().sum(1, keepdim=True)
         rows = torch.cat([torch.ones_like(square), square, x.double()], 1).cpu()
-        self.moments.index_add_(0, self.document[here], rows)
         put: dict[str, Tensor] = {}
         for name in self.variants:
             put[name] = self._replacement(name, x, here)
             logits = self._logits(ids, whole, chosen, put[name])
             for score, values in reference.score(logits.flatten(0, 1)).items():
-                self._add(score, name, values.cpu()[chosen])
-            self._add("error_norm2", name, (x - put[name]).double().square().sum(1).cpu())
+                found[score, name] = values.cpu()[chosen]
+            found["error_norm2", name] = (x - put[name]).double().square().sum(1).cpu()
         for name, x_hat in put.items():
             added = x_hat - put[self.bases[name]]
-            self._add("added_norm2", name, added.double().square().sum(1).cpu())
-
-    def _add(self, score: str, name: str, values: Tensor) -> None:
-        self.parts.setdefault((score, name), []).append(values)
+            found["added_norm2", name] = added.double().square().sum(1).cpu()
+        return _Scores(found, self.document[here], rows)
 
     def _replacement(self, name: str, x: Tensor, here: slice) -> Tensor:
         variant, version = self.variants[name], x._version

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,9 +30,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from darkmatter.models import load_tokenizer
+from darkmatter.suites import EMBEDDED, load_suite
 from darkmatter.suites.catalogue import DOWNLOADABLE, listing
 from darkmatter.suites.releases import release
-from tests.conftest import write_tokenizer
+from tests.conftest import VOCABULARY, write_tokenizer
 
 REVISION = "c0ffee" + "0" * 34
 
@@ -43,7 +46,8 @@ class Fault:
     status, code: answered in place of the file, with X-Error-Code. cut: the connection is closed
     after so many bytes, the first `times` times that the file is asked for (whence it is resumed).
     longer: announced Content-Length minus the true one. other: the ETag is the SHA-256 of another
-    file. slow: seconds before anything is answered.
+    file. slow: seconds before anything is answered. stall: seconds in the middle of a file, the
+    first `times` times.
     """
 
     status: int = 0
@@ -53,6 +57,7 @@ class Fault:
     longer: int = 0
     other: bool = False
     slow: float = 0.0
+    stall: float = 0.0
 
 
 class HubStandIn:
@@ -132,7 +137,11 @@ class HubStandIn:
         if fault.cut and fault.times > 0:
             fault.times -= 1
             sent = fault.cut
-        self._send(asked, method, 206 if where else 200, rest, headers, sent)
+        stall = 0.0
+        if fault.stall and fault.times > 0:
+            fault.times -= 1
+            stall = fault.stall
+        self._send(asked, method, 206 if where else 200, rest, headers, sent, stall)
 
     def _digest(self, file: Path) -> str:
         if file not in self._digests:
@@ -160,6 +169,7 @@ class HubStandIn:
         body: bytes,
         headers: dict[str, str],
         sent: int | None = None,
+        stall: float = 0.0,
     ) -> None:
         asked.send_response(status)
         for key, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -167,7 +177,13 @@ class HubStandIn:
                 asked.send_header(key, value)
         asked.end_headers()
         if method == "GET":
-            asked.wfile.write(body[:sent])
+            half = len(body) // 2 if stall else 0
+            asked.wfile.write(body[:half])
+            # Not a sleep, which a test may have taken from the client.
+            threading.Event().wait(stall)
+            # A client that gave up has closed the connection.
+            with suppress(ConnectionError):
+                asked.wfile.write(body[half:sent])
             if sent is not None and sent < len(body):
                 asked.close_connection = True
 
@@ -176,18 +192,31 @@ class HubStandIn:
 
 
 def write_language_model(
-    folder: Path, kind: str, d_model: int, n_layer: int, n_context: int = 64
+    folder: Path,
+    kind: str,
+    d_model: int,
+    n_layer: int,
+    n_context: int = 64,
+    of_pydocs: bool = False,
 ) -> Path:
     """A random model of the architecture "gpt2", "gemma2", "llama" or "gpt_neox", and a tokenizer.
 
-    Everything that no SAE sees is small: vocabulary, heads, MLPs.
+    Everything that no SAE sees is small: vocabulary, heads, MLPs. The tokenizer has 300 tokens,
+    nearly all of one byte, or is that `of_pydocs`, with which a text has a quarter of the tokens.
     """
     import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    vocabulary = VOCABULARY
+    if of_pydocs:
+        tokenizer = load_tokenizer(EMBEDDED["pydocs"] / "model")
+        tokenizer.save_pretrained(folder)
+        vocabulary = len(tokenizer)
+    else:
+        write_tokenizer(folder)
     torch.manual_seed(1)
-    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": 300}
+    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": vocabulary}
     sizes: dict[str, Any]
     if kind == "gpt2":
         sizes = {"n_embd": d_model, "n_layer": n_layer, "n_head": 4, "n_inner": 64}
@@ -210,25 +239,19 @@ def write_language_model(
             "gpt_neox": lambda: transformers.GPTNeoXConfig(**sizes, **special),
         }[kind]()
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    write_tokenizer(folder)
     return folder
 
 
 def learn(folder: Path, steps: int) -> None:
-    """Train a model for a few steps on the held-out text of `pydocs`, 16 contexts of 64 at a time.
+    """Train a model with the tokenizer of `pydocs` for a few steps on its held-out text, 16
+    contexts of 64 at a time.
 
     After some dozens it predicts from the token before, so that harm to the residual stream costs
     cross entropy, as in a real model, and shares of that cost exist.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from darkmatter.models import load_tokenizer
-    from darkmatter.suites import load_suite
-
-    embedded = load_suite("pydocs")
-    text = load_tokenizer(embedded.path / "model").decode(embedded.tokens("fit").tokens.flatten())
-    ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
-    rows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    rows = load_suite("pydocs").tokens("fit").tokens[:, :64]
     network: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     optimiser = torch.optim.Adam(network.parameters(), 3e-3)
     order = torch.Generator().manual_seed(4)
@@ -240,18 +263,23 @@ def learn(folder: Path, steps: int) -> None:
     network.save_pretrained(folder)
 
 
-def residual_moments(folder: Path) -> list[tuple[Tensor, float]]:
-    """Mean over tokens, and root mean square about it by component, of every block's input (and of
-    what the final norm makes of the last one's output): what a random SAE needs for its L0."""
+def residual_streams(folder: Path, tokens: Tensor) -> list[Tensor]:
+    """Every block's input at these tokens but the first of each row, [n, d_model] (and what the
+    final norm makes of the last one's output)."""
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    length = min(64, network.config.max_position_embeddings)
-    tokens = torch.randint(300, (16, length), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         states = network(tokens, output_hidden_states=True).hidden_states
-    flat = [state[:, 1:].flatten(0, 1).float() for state in states]
-    return [(x.mean(0), float((x - x.mean(0)).square().mean().sqrt())) for x in flat]
+    return [state[:, 1:].flatten(0, 1).float() for state in states]
+
+
+def residual_moments(folder: Path) -> list[tuple[Tensor, float]]:
+    """Of every block's input the mean over tokens drawn at random, and the root mean square about
+    it by component: what a random SAE needs for its L0."""
+    tokens = torch.randint(VOCABULARY, (16, 64), generator=torch.Generator().manual_seed(3))
+    streams = residual_streams(folder, tokens)
+    return [(x.mean(0), float((x - x.mean(0)).square().mean().sqrt())) for x in streams]
 
 
 def random_weights(
@@ -273,14 +301,23 @@ def random_weights(
     }
 
 
-def well_scaled(weights: dict[str, Tensor], moments: tuple[Tensor, float]) -> dict[str, Tensor]:
-    """The same latents with values scaled so that the error is least: it then falls with width, as
-    that of trained SAEs does, and laws can be fitted to it."""
-    mean, spread = moments
-    x = spread * torch.randn(256, len(mean), generator=torch.Generator().manual_seed(2))
-    made = (x @ weights["W_enc"] + weights["b_enc"]).relu() @ weights["W_dec"]
-    scale = float((x * made).sum() / made.square().sum())
-    return {**weights, "W_enc": scale * weights["W_enc"], "b_enc": scale * weights["b_enc"]}
+def fitted_weights(x: Tensor, d_sae: int, l0: float, seed: int) -> dict[str, Tensor]:
+    """Random directions above one threshold, with about `l0` latents on a row of x if there are as
+    many directions as dimensions, more if there are more.
+
+    All are scaled so that the error on x is least: it is below the variance and falls with width,
+    as that of trained SAEs does, and laws can be fitted to it.
+    """
+    weights = random_weights((x.mean(0), 1.0), d_sae, l0, seed)
+    directions, centred = weights["W_dec"], x - x.mean(0)
+    read = centred @ directions.T
+    # Without the power the error would not fall: of many random directions few lie in the data.
+    active = min(0.5, l0 / d_sae * (d_sae / x.shape[1]) ** 0.3)
+    threshold = read.flatten().kthvalue(int((1 - active) * read.numel())).values
+    made = (read - threshold).relu() @ directions
+    scale = float((centred * made).sum() / made.square().sum())
+    b_enc = torch.full((d_sae,), -scale * float(threshold))
+    return {**weights, "W_enc": scale * weights["W_enc"], "b_enc": b_enc}
 
 
 def write_sae_lens(folder: Path, weights: dict[str, Tensor], hook: str, **more: Any) -> None:
@@ -372,24 +409,30 @@ def write_gpt2_small(
 ) -> Iterator[tuple[str, Path, str]]:
     """Every repository of the suite gpt2-small: (name, folder, revision).
 
-    12 blocks, all SAEs of the suite at their hooks; d_model and every width are divided by
-    `smaller`, the vocabulary is 300 tokens, contexts have 256. With `steps` the model is no longer
-    quite random, see `learn`.
+    12 blocks, all SAEs of the suite at their hooks; d_model, every width and every L0 are divided
+    by `smaller` (an L0 is 2 at least), so that a code is as sparse beside d_model as it is there.
+    The tokens are those of `pydocs`, so that the suite's text has as many as it has in GPT-2's,
+    about; contexts have 256. With `steps` the model is no longer quite random, see `learn`.
     """
     entry = DOWNLOADABLE["gpt2-small"]
-    model = write_language_model(folder / "model", "gpt2", entry.d_model // smaller, 12, 256)
+    model = write_language_model(
+        folder / "model", "gpt2", entry.d_model // smaller, 12, 256, of_pydocs=True
+    )
     if steps:
         learn(model, steps)
     yield entry.model, model, entry.revision or REVISION
-    moments = residual_moments(model)
+    streams = residual_streams(model, load_suite("pydocs").tokens("fit").tokens[:32, :64])
     for number, row in enumerate(listing(entry)):
         block, stage = int(row["hook"].split(".")[1]), row["hook"].rpartition("_")[2]
-        d_sae, l0 = row["d_sae"] // smaller, row["aim_l0"]
-        at = moments[block + (stage == "post")]
-        weights = well_scaled(random_weights(at, d_sae, l0, number), at)
-        more = TOPK_OF_LAYER_NORM if "-v5-" in row["release"] else {}
-        if more:
-            weights["b_enc"] = torch.zeros(d_sae)
+        d_sae, l0 = row["d_sae"] // smaller, max(2, row["aim_l0"] / smaller)
+        # All of them read centred activations, those of v5 at unit variance as well.
+        x = streams[block + (stage == "post")]
+        x = x - x.mean(1, keepdim=True)
+        more: dict[str, Any] = {}
+        if "-v5-" in row["release"]:
+            x = x / x.std(1, keepdim=True)
+            more = {**TOPK_OF_LAYER_NORM, "activation_fn_kwargs": {"k": max(2, 32 // smaller)}}
+        weights = fitted_weights(x, d_sae, l0, number)
         to = folder / row["release"] / _path_of(row)
         write_sae_lens(to, {k: v.half() for k, v in weights.items()}, row["hook"], **more)
     for source in entry.sources:

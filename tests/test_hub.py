@@ -134,6 +134,25 @@ def test_a_download_that_is_cut_for_good_leaves_nothing_and_works_later(
     assert path.read_bytes() == BODY
 
 
+def test_a_download_that_stalls_goes_on_and_one_that_always_does_breaks_off(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_pause(_: float) -> None: ...
+
+    # The client waits ten seconds for a byte, and tries six times, a second apart.
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", no_pause)
+    hub.faults[REPOSITORY, FILE] = Fault(stall=2.0)
+    with pytest.raises(Refusal, match=f"download of {FILE} of '{REPOSITORY}' broke off; run it"):
+        fetch(REPOSITORY, FILE)
+    assert cached_file(REPOSITORY, FILE) is None
+    hub.faults[REPOSITORY, FILE] = Fault(stall=2.0, times=1)
+    path = fetch(REPOSITORY, FILE)
+    assert path is not None
+    assert path.read_bytes() == BODY
+
+
 @pytest.mark.parametrize("longer", [5, -5])
 def test_a_hub_that_lies_about_the_length(hub: HubStandIn, longer: int) -> None:
     hub.faults[REPOSITORY, FILE] = Fault(longer=longer)

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file
 
-from darkmatter._files import verify_sha256
+from darkmatter._files import understood, verify_sha256
 from darkmatter._hub import cached_revision, is_cached
 from darkmatter._refusal import Refusal
 from darkmatter.activations import Tokens
@@ -186,12 +186,18 @@ class Suite:
     def documents(self) -> tuple[str, ...]:
         """Names of the held-out documents; `Tokens.document` counts in this list."""
         self.verify("documents.json")
-        return tuple(json.loads((self.path / "documents.json").read_text(encoding="utf-8")))
+        with understood(self.path / "documents.json", "a list of names"):
+            text = (self.path / "documents.json").read_text(encoding="utf-8")
+            return tuple(str(name) for name in json.loads(text))
 
     @cached_property
     def _stored(self) -> dict[str, torch.Tensor]:
         self.verify("tokens.safetensors")
-        return load_file(self.path / "tokens.safetensors")
+        with understood(self.path / "tokens.safetensors", "the tokens of a suite"):
+            stored = load_file(self.path / "tokens.safetensors")
+            for split in SPLITS:
+                _ = stored[f"{split}/tokens"].shape, stored[f"{split}/document"].shape
+            return stored
 
     def tokens(self, split: str, seed: int = 0) -> Tokens:
         """Held-out contexts of "fit" or "test"; no document is in both.
@@ -429,8 +435,8 @@ def _check_split(split: str) -> None:
 def _read_manifest(name: str, path: Path) -> dict[str, Any]:
     file = path / "suite.json"
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise Refusal(
             f"expected a readable suite.json for suite {name!r} at {path}, got {error}; "
             "reinstall the package or rebuild the suite with python -m darkmatter.suites.pydocs"
@@ -440,4 +446,31 @@ def _read_manifest(name: str, path: Path) -> dict[str, Any]:
             f"expected a suite.json of format {FORMAT!r} at {path}, got another file; "
             "rebuild the suite with python -m darkmatter.suites.pydocs"
         )
+    with understood(file, "the card of a suite"):
+        _check_manifest(cast("dict[str, Any]", manifest))
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError unless all that is read of a suite is there."""
+    places = [str(manifest["name"]), *manifest["files"]]
+    for row in manifest["saes"]:
+        places.append(str(row["name"]))
+        _, number, _ = row["hook"].split(".", 2)
+        l0 = row["aim_l0"]
+        if not str(number).isdecimal() or type(row["d_sae"]) is not int or row["d_sae"] < 1:
+            raise ValueError(f"{row['name']!r} has no hook of a block, or no width")
+        if l0 is not None and (isinstance(l0, bool) or not 0 <= l0 < math.inf):
+            raise ValueError(f"{row['name']!r} has an L0 of {l0!r}")
+    for place in places:
+        # What a card names lies in its folder.
+        if Path(place).is_absolute() or {"..", "."} & set(place.split("/")) or "\0" in place:
+            raise ValueError(f"{place!r} leads out of the folder")
+    if manifest["hook"] not in {row["hook"] for row in manifest["saes"]}:
+        raise ValueError(f"no SAE is at {manifest['hook']!r}")
+    if len({row["name"] for row in manifest["saes"]}) < len(manifest["saes"]):
+        raise ValueError("two SAEs have one name")
+    if type(manifest["skip"]) is not int or manifest["skip"] < 0:
+        raise ValueError(f"skip is {manifest['skip']!r}")
+    if not all(isinstance(digest, str) for digest in manifest["files"].values()):
+        raise ValueError("files has no SHA-256 for each")

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
+import resource
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +26,7 @@ from darkmatter.book.execution import ChapterFailure, execute
 from darkmatter.book.notebooks import tags_of
 from darkmatter.book.paths import Book
 from tests.book.minibook import CLAIMS, chapter_text
+from tests.surveys import ended, forked
 
 MakeBook = Callable[..., Book]
 
@@ -122,6 +130,50 @@ def test_a_failing_chapter_names_its_cell_and_is_kept(make_book: MakeBook) -> No
     assert list(book.executed.iterdir()) == []
 
 
+def test_a_killed_execution_leaves_no_half_chapter_under_its_name(make_book: MakeBook) -> None:
+    """Nor does a surrounding that has no home, no UTF-8 and another country's habits."""
+    waiting = "import time, pathlib; time.sleep(0 if pathlib.Path('go').exists() else 60)\n"
+    text = LIGHT.replace("SEED", "seed").replace("import random\n", f"import random\n{waiting}")
+    book = make_book(text)
+    command = [sys.executable, "-m", "darkmatter.book", "--root", str(book.root), "execute"]
+    odd = {
+        "HOME": "/proc/nowhere", "LC_ALL": "tr_TR.UTF-8", "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(execution.PACKAGE.parent),
+    }  # fmt: skip
+    run = subprocess.Popen([*command, "--jobs", "1"], env={**os.environ, **odd})
+    until = time.monotonic() + 60
+    while not list(book.executed.glob(".*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    assert execution.executed_notebooks(book.executed) == {}
+    assert not list(book.executed.glob("[0-9]*"))
+    (book.source / "go").touch()
+    done = subprocess.run(
+        [*command, "--jobs", "1"], env={**os.environ, **odd}, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = ledger.records_of(execution.executed_notebooks(book.executed)["99"])
+    assert record.value == random.Random(0).random()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(make_book: MakeBook) -> None:
+    book = make_book(LIGHT.replace("SEED", "seed"))
+
+    def full() -> None:
+        # No file may be longer than this, which is the same error in writing.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
+        try:
+            list(execute(book))
+        except Refusal as refusal:
+            (book.root / "said").write_text(str(refusal))
+
+    assert ended(forked(full)) == 0
+    said = (book.root / "said").read_text()
+    assert re.search(r"99_mini\.ipynb cannot be written \(.*too large.*make room", said)
+    assert list(book.executed.iterdir()) == []
+
+
 def test_two_chapters_at_a_time_end_as_one_after_the_other(make_book: MakeBook) -> None:
     book = make_book(LIGHT.replace("SEED", "seed"))
     light = book.source / "99_mini.ipynb"
@@ -195,3 +247,24 @@ def test_a_view_of_text_is_a_figure_of_its_cell() -> None:
     execution.finish(notebook, "99_mini.ipynb")
     figure = notebook.cells[0].metadata["mystnb"]["figure"]
     assert figure == {"caption": "A text.", "name": "fig-text"}
+
+
+def test_what_a_cell_prints_stands_in_one_box_and_never_above_its_figure() -> None:
+    def printed(text: str) -> Any:
+        return v4.new_output("stream", name="stdout", text=text)
+
+    def recorded(id: str) -> Any:
+        data = {ledger.RECORD_MIME: {"id": id}, "text/plain": f"recorded {id} = 1"}
+        return v4.new_output("display_data", data=data)
+
+    words = {"alt": "A text with marks.", "caption": "A text.", "name": "fig-text"}
+    figure = v4.new_output("display_data", data={"image/png": ""}, metadata={"darkmatter": words})
+    outputs = [recorded("a"), printed("1\n"), recorded("b"), printed("2\n"), figure, printed("3\n")]
+    notebook = v4.new_notebook(cells=[v4.new_code_cell("both()", outputs=outputs)])
+    execution.finish(notebook, "99_mini.ipynb")
+    shown, after = notebook.cells
+    assert shown.source == "both()"
+    assert [one.metadata["darkmatter"] for one in shown.outputs] == [words]
+    assert "remove-input" in tags_of(after)
+    texts = [one.get("text") or one.data.get("text/plain") for one in after.outputs]
+    assert texts == ["recorded a = 1\nrecorded b = 1", "1\n2\n", None, "3\n"]

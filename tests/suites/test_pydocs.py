@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import darkmatter as dm
+from darkmatter.shards import locked
 from darkmatter.suites.pydocs import corpus, recipe
 from darkmatter.suites.pydocs.language_model import (
     LanguageModelRecipe,
@@ -23,6 +30,7 @@ from darkmatter.suites.pydocs.language_model import (
     orthogonalise,
     packed_contexts,
 )
+from tests.surveys import ended, forked
 
 
 @pytest.fixture(scope="module")
@@ -219,10 +227,90 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", lambda line: None)
     with pytest.raises(Killed):
         run(tmp_path / "killed", kill)
-    # Killed while saving step 4, so it goes on from step 2.
+    # Killed while saving step 4, so it goes on from step 2, whatever the history says already.
+    history = tmp_path / "killed" / "history.jsonl"
+    history.write_text(history.read_text() + '{"step": 4}\n')
     resumed = run(tmp_path / "killed", lambda line: None)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+    assert [json.loads(line)["step"] for line in history.read_text().splitlines()] == [2, 4, 6, 8]
+
+
+def tiny_recipe() -> recipe.SuiteRecipe:
+    """The toy with the docstrings of one package and six steps of training."""
+    toy = recipe.SuiteRecipe.toy()
+    sizes = {"d_model": 16, "d_mlp": 32, "n_context": 32, "vocabulary": 300, "steps": 6}
+    return replace(
+        toy,
+        language_model=replace(toy.language_model, batch_contexts=4, micro_contexts=4, **sizes),
+        training=replace(toy.training, activations=2000, batch=128, dead_after=1000),
+        packages=frozenset({"click"}),
+        activations=2000,
+        fit_contexts=30,
+        test_contexts=20,
+        silent_tokens=1000,
+    )
+
+
+def test_a_rebuild_killed_anywhere_goes_on_to_the_same_suite(
+    suite: dm.Suite, tmp_path: Path
+) -> None:
+    """A fork kills itself instead of giving some file or folder its final name."""
+    # Imported here, so that no fork has to.
+    assert suite.model.n_layer
+    assert suite.saes[suite.grid("width")[0]] is not None
+    work, out = tmp_path / "work", tmp_path / "out"
+
+    def build(left: int) -> None:
+        rename = os.replace
+
+        def counted(*paths: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(*paths)
+
+        with mock.patch.object(os, "replace", counted):
+            recipe.build(tiny_recipe(), work, out, lambda line: None)
+
+    # In the corpus, the training, after the model, among the SAEs, and in packaging.
+    for left in (3, 3, 2, 3, 3):
+        assert ended(forked(partial(build, left))) == -signal.SIGKILL
+        assert not out.exists()
+    build(10**9)
+    recipe.build(tiny_recipe(), tmp_path / "elsewhere", tmp_path / "whole", lambda line: None)
+    hashes = [dm.load_suite(folder).manifest["files"] for folder in (out, tmp_path / "whole")]
+    for name, sha256 in hashes[0].items():
+        # An SAE's settings tell how long it was trained.
+        assert name.endswith("cfg.json") or sha256 == hashes[1][name], name
+    assert list(hashes[0]) == list(hashes[1])
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not (work / "lock").exists()
+
+
+def test_a_rebuild_has_its_folder_alone_and_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        locked(tmp_path / "lock"),
+        pytest.raises(dm.Refusal, match=f"is in use by process {os.getpid()} on"),
+    ):
+        recipe.build(tiny_recipe(), tmp_path, tmp_path / "out", lambda line: None)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "read_corpus", full)
+        with pytest.raises(dm.Refusal, match=r"cannot be written \(.*No space left .*make room"):
+            recipe.build(tiny_recipe(), tmp_path, tmp_path / "out", lambda line: None)
+    recipe.read_corpus(tiny_recipe(), tmp_path, lambda line: None)
+    recipe.train_model(tiny_recipe(), tmp_path, lambda line: None)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(dm.Refusal, match=r"activations take 0\.0 GiB and .* make room"):
+        recipe.collect_activations(tiny_recipe(), tmp_path, lambda line: None)
 
 
 def test_docstrings_in_source_order_with_qualified_names() -> None:

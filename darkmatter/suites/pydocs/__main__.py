@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from darkmatter._refusal import Refusal
 from darkmatter.suites.pydocs.recipe import SuiteRecipe, build
 
 
@@ -28,7 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     def log(line: str) -> None:
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
-    build(recipe, options.work, options.out, log)
+    try:
+        build(recipe, options.work, options.out, log)
+    except Refusal as refusal:
+        sys.stderr.write(f"{refusal}\n")
+        return 2
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from darkmatter._files import replacing
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -264,6 +265,11 @@ def train_language_model(
         begin = int(state.pop("step"))
         optimiser.load(state)
         log(f"going on at step {begin}")
+    # Killed between writing the two files, the history is ahead of the checkpoint.
+    history: list[str] = []
+    if begin:
+        with (folder / "history.jsonl").open(encoding="utf-8") as file:
+            history = [line for line in file if json.loads(line)["step"] <= begin]
     per_epoch = (len(stream) - recipe.n_context) // (recipe.n_context - 1) // recipe.batch_contexts
     if per_epoch < 1:
         raise ValueError(
@@ -307,12 +313,12 @@ def train_language_model(
                 "validation": held_out,
                 "seconds": time.monotonic() - start,
             }
-            with (folder / "history.jsonl").open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            history.append(json.dumps(entry) + "\n")
             log(f"step {done} validation {held_out:.4f}")
-            temporary = folder / "checkpoint.tmp"
-            save_file({**optimiser.state(), "step": torch.tensor(done)}, temporary)
-            os.replace(temporary, checkpoint)
+            with replacing(folder / "history.jsonl") as temporary:
+                temporary.write_text("".join(history), encoding="utf-8")
+            with replacing(checkpoint) as temporary:
+                save_file({**optimiser.state(), "step": torch.tensor(done)}, temporary)
     final = build_model(recipe)
     with torch.no_grad():
         for name, parameter in final.named_parameters():

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darkmatter._files import sha256_of
+from darkmatter._files import replacing, sha256_of, writing
+from darkmatter._refusal import Refusal
+from darkmatter.shards import locked
 from darkmatter.suites.pydocs import corpus, language_model
 from darkmatter.suites.pydocs.language_model import LanguageModelRecipe
 from darkmatter.training import SparseTrainingRecipe, TrainedAutoencoder, train_batch_topk
@@ -133,7 +135,8 @@ def read_corpus(recipe: SuiteRecipe, work: Path, log: Log) -> list[corpus.Packag
             _write(work / f"{name}.names.json", json.dumps([d.name for d in chosen]))
         from safetensors.torch import save_file
 
-        save_file(tokens, work / "tokens.safetensors")
+        with replacing(work / "tokens.safetensors") as temporary:
+            save_file(tokens, temporary)
         text = [asdict(p) for p in packages]
         _write(done, json.dumps(text, indent=1))
     return [corpus.Package(**p) for p in json.loads(done.read_text(encoding="utf-8"))]
@@ -253,6 +256,13 @@ def collect_activations(recipe: SuiteRecipe, work: Path, log: Log) -> dict[str, 
     rows = min(recipe.activations, len(contexts) * (n_context - 1))
     # Blocks above the highest hook are not run.
     model.transformer.h = model.transformer.h[: 1 + max(int(h.split(".")[1]) for h in hooks)]
+    size, free = len(hooks) * rows * width * 2, shutil.disk_usage(work).free
+    if size > free:
+        # A write into a mapped file that the disk has no room for is no error but SIGBUS.
+        raise Refusal(
+            f"The activations take {size / 2**30:.1f} GiB and {work} has {free / 2**30:.1f} GiB "
+            "free; make room, or give a --work on another disk, and build again."
+        )
     writer = ActivationWriter(model, hooks, folder, rows)
     start = time.monotonic()
     # Products in bfloat16 on a float32 residual stream: faster, and the noise is a ten-thousandth
@@ -455,12 +465,19 @@ def validation_loss(model: Any, contexts: Tensor) -> float:
 
 
 def build(recipe: SuiteRecipe, work: Path, out: Path, log: Log) -> None:
-    """All stages; a stage whose result is in `work` is not repeated."""
-    work.mkdir(parents=True, exist_ok=True)
-    read_corpus(recipe, work, log)
-    train_model(recipe, work, log)
-    train_autoencoders(recipe, work, log)
-    package(recipe, work, out, log)
+    """All stages; a stage whose result is in `work` is not repeated.
+
+    Raises Refusal when another build is at work in that folder, or the disk is full.
+    """
+    with writing(work):
+        work.mkdir(parents=True, exist_ok=True)
+    with locked(work / "lock"), writing(work):
+        for left in work.rglob(".*.tmp"):
+            left.unlink()
+        read_corpus(recipe, work, log)
+        train_model(recipe, work, log)
+        train_autoencoders(recipe, work, log)
+        package(recipe, work, out, log)
 
 
 def _lines(path: Path) -> list[str]:
@@ -468,6 +485,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE
 export TOKENIZERS_PARALLELISM := false
 export MPLBACKEND := agg
 
-.PHONY: help venv book test suites-check browser screenshots lint bench student slides epub pdf linkcheck colab-check lock clean distclean
+.PHONY: help venv book test suites-check browser screenshots lint bench student slides epub pdf linkcheck audit colab-check lock clean distclean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -45,7 +45,7 @@ test: lint ## lint, run the chapters that changed, then every test
 	$(V)/python -m darkmatter.book execute
 	$(V)/python -m pytest
 
-suites-check: venv ## run ten chapters on a random stand-in of gpt2-small (half an hour)
+suites-check: venv ## run eleven chapters on a random stand-in of gpt2-small (a quarter of an hour)
 	$(V)/python -m tests.book.other_suite
 
 browser: venv ## read the built book in a real browser: after `make book`
@@ -63,7 +63,7 @@ lint: venv ## ruff, pyright strict on darkmatter/, and spelling
 bench: venv ## time the numerical core against the published procedures
 	$(V)/python -m tests.bench
 
-student: venv ## write the student edition: the chapters without their solutions
+student: venv ## write book/student again: the chapters without their solutions
 	$(V)/python -m darkmatter.book student
 
 slides: venv ## a deck of slides for each part in _build/slides; after `make book` with figures
@@ -77,6 +77,11 @@ pdf: venv ## the book as a PDF in _build/pdf, where LaTeX is installed
 
 linkcheck: venv ## follow every link to another site (needs the network)
 	$(V)/python -m darkmatter.book linkcheck
+
+audit: venv ## look up every locked package among known vulnerabilities (needs the network)
+	@echo torch==$(TORCH) > .venv/torch.constraint
+	$(V)/uv tool run -q pip-audit --strict --disable-pip --no-deps --progress-spinner off \
+	  -r requirements.lock -r .venv/torch.constraint
 
 colab-check: ## install the wheel of this tree with ranges only, run a student and a solved chapter
 	PY=$(PY) .ci/colab-check

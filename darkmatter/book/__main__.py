@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     checked.add_argument("--suite", default="pydocs")
     with_force_and_jobs(command("build", "lint, execute, check, stage and render into _build/html"))
     command("render", "stage and render the chapters as they were executed last")
-    command("student", "write the student edition into _build/student")
+    command("student", "write the student edition into book/student")
     command("slides", "write a deck of slides for each part into _build/slides")
     with_force_and_jobs(command("epub", "execute, stage and write _build/epub"))
     with_force_and_jobs(command("pdf", "the same as a PDF, where LaTeX is installed"))

@@ -13,6 +13,7 @@ from darkmatter._refusal import Refusal
 from darkmatter.book.notebooks import write_text
 from darkmatter.book.paths import Book
 from darkmatter.book.tables import table
+from darkmatter.book.yamlfiles import shown
 
 if TYPE_CHECKING:
     from darkmatter.survey import Survey
@@ -42,6 +43,9 @@ _HEADINGS = (
 )
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _LARGEST_ENTRY = 4 << 20
+_COUNTS = ("n_fit", "n_test", "documents", "context", "skip", "seed")
+# Names stand between backquotes on the page; these end them, or a row.
+_OUTSIDE_CODE = re.compile(r"[`\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def entry_of(survey: Survey, name: str, model: str | None = None) -> dict[str, Any]:
@@ -156,13 +160,31 @@ def _read(path: Path) -> dict[str, Any]:
         entry = json.loads(path.read_text(encoding="utf-8"))
         if entry["format"] != FORMAT or entry["name"] != path.stem:
             raise ValueError(f"format {entry['format']!r}, name {entry['name']!r}")
+        _check_words(entry)
         # Whatever the page needs is there.
         atlas_page([entry], [])
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+        *(OSError, RecursionError),
+    ) as error:
         raise Refusal(
-            f"{problem} ({error}); write it with python -m darkmatter.book atlas."
+            f"{problem} ({shown(str(error))}); write it with python -m darkmatter.book atlas."
         ) from error
     return entry
+
+
+def _check_words(entry: Mapping[str, Any]) -> None:
+    """Raise ValueError unless words are names and the rest are numbers: others send entries."""
+    names = [entry["model"], entry["identity"]]
+    names += [row[key] for row in entry["rows"] for key in ("name", "hook")]
+    for name in (entry["name"], *names):
+        if not isinstance(name, str) or not name or _OUTSIDE_CODE.search(name):
+            raise ValueError(f"{shown(name)} is no name")
+    if not _NAME.fullmatch(entry["name"]):
+        raise ValueError(f"{shown(entry['name'])} is no name of an entry")
+    for number in (*(entry[key] for key in _COUNTS), *(row["d_sae"] for row in entry["rows"])):
+        if type(number) is not int or not 0 <= number < 1 << 63:
+            raise ValueError(f"{shown(number)} is no count")
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +20,7 @@ from darkmatter._refusal import Refusal
 from darkmatter.book import relations
 from darkmatter.book.prose import typed_numbers
 from darkmatter.book.relations import NotRecorded, Value
+from darkmatter.book.yamlfiles import read_yaml, shown
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -94,14 +96,7 @@ def load_claims(path: Path) -> dict[str, Claim]:
 
     Raises `Refusal` with one sentence that names the claim and the field.
     """
-    import yaml
-
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise Refusal(f"expected the claims at {path}, found no file; create it") from error
-    except yaml.YAMLError as error:
-        raise Refusal(f"expected YAML in {path}, found an error ({error}); correct it") from error
+    content = read_yaml(path, "the claims")
     if content is None:
         content = []
     if not isinstance(content, list):
@@ -277,7 +272,7 @@ def _satisfies(value: Value, condition: Bounds | bool | str, values: Mapping[str
 def _claim(entry: Any, number: int) -> Claim:
     if not isinstance(entry, dict):
         raise Refusal(
-            f"claim {number} of the file: expected a mapping with an id, found {entry!r}; "
+            f"claim {number} of the file: expected a mapping with an id, found {shown(entry)}; "
             "begin it with '- id:'"
         )
     content = cast("dict[str, Any]", entry)
@@ -285,9 +280,9 @@ def _claim(entry: Any, number: int) -> Claim:
     if not isinstance(name, str) or not _ID.fullmatch(name):
         raise Refusal(
             f"claim {number} of the file, field id: expected kebab-case such as fvu-width-512, "
-            f"found {name!r}; rename it"
+            f"found {shown(name)}; rename it"
         )
-    if unknown := sorted(set(content) - _FIELDS):
+    if unknown := sorted(map(str, set(content) - _FIELDS)):
         raise _refusal(name, unknown[0], f"one of {sorted(_FIELDS)}", "an unknown field")
     chapter = content.get("chapter")
     if not isinstance(chapter, str) or not re.fullmatch(r"\d\d", chapter):
@@ -387,7 +382,7 @@ def _expectation(name: str, suite: str, kind: str, value: Any) -> Expectation:
     if not isinstance(value, dict):
         raise _refusal(name, where, "a mapping with tolerance and because", value)
     content = cast("dict[str, Any]", value)
-    if unknown := sorted(set(content) - _EXPECT_FIELDS):
+    if unknown := sorted(map(str, set(content) - _EXPECT_FIELDS)):
         raise _refusal(
             name, f"{where}.{unknown[0]}", f"one of {sorted(_EXPECT_FIELDS)}", "an unknown field"
         )
@@ -398,7 +393,7 @@ def _expectation(name: str, suite: str, kind: str, value: Any) -> Expectation:
         )
     because = _sentence(name, f"{where}.because", content.get("because"))
     if kind == "value":
-        if extra := sorted(set(content) - {"tolerance", "because"}):
+        if extra := sorted(map(str, set(content) - {"tolerance", "because"})):
             raise _refusal(
                 name,
                 f"{where}.{extra[0]}",
@@ -479,14 +474,16 @@ def _words(name: str, key: str, value: Any) -> str:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    # A whole number may be too large for a float.
+    return float(value) if abs(value) <= sys.float_info.max else None
 
 
 def _refusal(name: str, key: str, expected: str, found: object) -> Refusal:
     return Refusal(
-        f"claim {name}, field {key}: expected {expected}, found {found!r}; correct book/claims.yml"
+        f"claim {name[:80]}, field {key[:80]}: expected {expected}, found {shown(found)}; correct "
+        "book/claims.yml"
     )
 
 

@@ -21,8 +21,14 @@ _RAW: tuple[tuple[str, str], ...] = (
     (r"\]\([^)\s]+\)", "a link"),
     (r"^\([\w-]+\)=\s*$", "a label"),
     (r"\\\(|\\\[|\\begin\{", "LaTeX"),
+    (r"\[\^\w+\]", "a footnote"),
+    (r"^: \S", "a definition"),
+    (r"\{[.#][a-z][\w-]*[^}\n]*\}", "an attribute"),
+    (r"`", "a code mark"),
 )
 _IN_FORMULA = re.compile(r"\\\\(?=[A-Za-z,;!])")
+_INLINE = re.compile(r"(?<![\\$])\$(?!\$)([^$\n]+)\$(?!\$)")
+_FENCED = re.compile(r"^(```+|~~~+).*?^\1\s*$|(`+)(?!`).*?(?<!`)\2(?!`)", re.DOTALL | re.MULTILINE)
 
 
 def leftovers(markdown: str) -> Iterator[str]:
@@ -33,6 +39,12 @@ def leftovers(markdown: str) -> Iterator[str]:
     for tex in formulas:
         if found := _IN_FORMULA.search(tex):
             yield f"a doubled backslash in the formula {tex[found.start() : found.start() + 12]!r}"
+    for line in _FENCED.sub("", markdown).splitlines():
+        for tex in _INLINE.findall(line):
+            if tex != tex.strip():
+                yield f"a space beside a dollar sign, so the formula stays raw: {tex!r}"
+            if line.lstrip().startswith("|") and "|" in tex:
+                yield f"a bar in a formula of a table, which ends the cell (\\vert): {tex!r}"
     soup = BeautifulSoup(html, "html.parser")
     for code in soup.find_all(["code", "pre"]):
         code.replace_with("\0")
@@ -45,6 +57,8 @@ def leftovers(markdown: str) -> Iterator[str]:
         yield f"{opened} folds are opened and {closed} closed"
     if fold := re.search(r"<summary>[^\n]*\n(?=[^\n])", markdown):
         yield f"no empty line after {fold[0].strip()!r}, so the fold stays raw"
+    if end := re.search(r"^.*\S.*\n[ \t]*</details>", markdown, re.MULTILINE):
+        yield f"no empty line before the end of the fold after {end[0].splitlines()[0][-40:]!r}"
 
 
 def formulas_of(markdown: str) -> list[str]:

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 from darkmatter._refusal import Refusal
 from darkmatter.book import notebooks
-from darkmatter.book.notebooks import tags_of
+from darkmatter.book.notebooks import SOLUTION_TAG, tags_of
 from darkmatter.book.paths import Book
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
+STUDENT = "student"
+"""Folder beside the chapters that holds their student edition, for Colab."""
 BEGINS = "# solution begins"
 ENDS = "# solution ends"
-SOLUTION_TAG = "solution"
 _STUB = 'raise NotImplementedError("Write your answer here, in place of this line.")'
 
 
@@ -39,6 +40,7 @@ def student_edition(notebook: NotebookNode) -> NotebookNode:
             continue
         if solution:
             cell.metadata["tags"] = [tag for tag in tags_of(cell) if tag != SOLUTION_TAG]
+            cell.metadata.pop("jupyter", None)
         kept.append(cell)
     copy["cells"] = kept
     return copy
@@ -62,11 +64,17 @@ def stub(source: str) -> str:
 
 
 def write_student_editions(book: Book, folder: Path | None = None) -> list[Path]:
-    """Write the student edition of every chapter into _build/student; returns the paths."""
-    target = folder or book.root / "_build" / "student"
+    """Write the student edition of every chapter into book/student; returns the paths.
+
+    The folder is committed, as Colab opens what the repository holds, and it holds nothing else:
+    the edition of a chapter that is gone, or has another name now, goes.
+    """
+    target = folder or book.source / STUDENT
     written: list[Path] = []
     for path in book.chapters():
         edition = student_edition(notebooks.read_notebook(path))
         notebooks.write_notebook(edition, target / path.name)
         written.append(target / path.name)
+    for stale in set(target.glob("*.ipynb")) - set(written):
+        stale.unlink()
     return written

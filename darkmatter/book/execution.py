@@ -16,14 +16,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from darkmatter._files import sha256_of
+from darkmatter._files import sha256_of, writing
 from darkmatter._refusal import Refusal
 from darkmatter.book import claims as ledger
 from darkmatter.book import notebooks
 from darkmatter.book.claims import Record
-from darkmatter.book.editions import SOLUTION_TAG
 from darkmatter.book.figures import FIGURE_KEY
-from darkmatter.book.notebooks import tags_of
+from darkmatter.book.notebooks import SOLUTION_TAG, tags_of
 from darkmatter.book.paths import BOOK_VARIABLE, Book, chapter_of
 
 if TYPE_CHECKING:
@@ -36,7 +35,9 @@ _OUTSIDE = frozenset(
     f"book/{name}.py"
     for name in (
         "__main__",
+        "atlas",
         "benchmarks",
+        "colab",
         "editions",
         "environment",
         "execution",
@@ -44,8 +45,10 @@ _OUTSIDE = frozenset(
         "glossary",
         "links",
         "lint",
+        "mending",
         "notebooks",
         "pages",
+        "paper",
         "paths",
         "printed",
         "quizzes",
@@ -199,10 +202,11 @@ def _execute_one(
     fingerprint = content_hash(book, path, parameters)
     if not force and (done := _done(output, fingerprint)):
         return Execution(chapter, output, done["seconds"], done["peak_bytes"], skipped=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp.ipynb")
     try:
-        with _environment(book), _PeakMemory() as memory:
+        with writing(output), _environment(book), _PeakMemory() as memory:
             begun = time.perf_counter()
             _papermill(path, temporary, given)
             seconds = time.perf_counter() - begun
@@ -232,9 +236,10 @@ def _execute_one(
 
 
 def _figure_apart(cell: NotebookNode) -> list[NotebookNode]:
-    """The cell, preceded by one of its other outputs if it shows a figure.
+    """The cell, followed by one of its other outputs if it shows a figure.
 
-    myst-nb makes a figure, with caption and label, of every output of such a cell.
+    myst-nb makes a figure, with caption and label, of every output of such a cell; and what a cell
+    prints is never read above its code.
     """
     outputs = cell.get("outputs", [])
     others = [one for one in outputs if FIGURE_KEY not in one.get("metadata", {})]
@@ -245,10 +250,10 @@ def _figure_apart(cell: NotebookNode) -> list[NotebookNode]:
     cell.outputs = [one for one in outputs if FIGURE_KEY in one.get("metadata", {})]
     # myst-nb leaves out a cell without source, its outputs too.
     source = "# What this cell says beside its figure"
-    before = new_code_cell(
+    after = new_code_cell(
         source, id=f"{cell.id}-said", outputs=others, metadata={"tags": ["remove-input"]}
     )
-    return [before, cell]
+    return [cell, after]
 
 
 def finish(notebook: NotebookNode, name: str) -> None:
@@ -272,6 +277,7 @@ def finish(notebook: NotebookNode, name: str) -> None:
             cell.metadata["tags"] = [*tags, "hide-input"]
             cell.metadata["mystnb"] = {"code_prompt_show": "Show the solution"}
         _join_record_lines(cell)
+        _join_streams(cell)
         images = [
             output
             for output in cell.get("outputs", [])
@@ -318,6 +324,22 @@ def _join_record_lines(cell: NotebookNode) -> None:
         recorded[0]["text/plain"] = "\n".join(lines)
 
 
+def _join_streams(cell: NotebookNode) -> None:
+    """One box of printed lines where nothing that is seen stands between them."""
+    seen: NotebookNode | None = None
+    kept: list[NotebookNode] = []
+    for output in cell.get("outputs", []):
+        stream = output.output_type == "stream"
+        if stream and seen is not None and seen.get("name") == output.name:
+            seen["text"] = seen.text + output.text
+            continue
+        kept.append(output)
+        if stream or set(output.get("data", {})) != {ledger.RECORD_MIME}:
+            seen = output
+    if "outputs" in cell:
+        cell["outputs"] = kept
+
+
 def _parameters(path: Path, given: Mapping[str, object]) -> dict[str, object]:
     """Defaults of the chapter's parameters cell, overridden by the given ones."""
     from papermill import inspect_notebook
@@ -338,7 +360,29 @@ def _parameters(path: Path, given: Mapping[str, object]) -> dict[str, object]:
                 f"found {name!r}; correct the name or add it to the parameters cell"
             )
     defaults = {name: _literal(str(value["default"])) for name, value in known.items()}
-    return {**defaults, **given}
+    chosen = {**defaults, **given}
+    _check_suite_and_seed(path.name, chosen["suite"], chosen["seed"])
+    return chosen
+
+
+def _check_suite_and_seed(name: str, suite: object, seed: object) -> None:
+    """Raise Refusal for a suite that has no name, and a seed that is no whole number from 0."""
+    if type(seed) is not int or seed < 0:
+        raise Refusal(
+            f"{name}: expected a seed that is a whole number of at least 0, found "
+            f"{str(seed)[:80]!r}; pass one, such as 0"
+        )
+    if suite == "pydocs":
+        # The names of the others cost an import of torch.
+        return
+    from darkmatter.suites import EMBEDDED
+    from darkmatter.suites.catalogue import DOWNLOADABLE
+
+    if suite not in {*EMBEDDED, *DOWNLOADABLE}:
+        raise Refusal(
+            f"{name}: expected a suite by its name ({', '.join([*EMBEDDED, *DOWNLOADABLE])}), "
+            f"found {str(suite)[:80]!r}; choose one of these"
+        )
 
 
 def _literal(text: str) -> object:

@@ -184,7 +184,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
     found: dict[str, list[Term]] = {}
 
     def mark_page(app: Sphinx, tree: document, docname: str) -> None:
-        if docname in _PAGES_LEFT_OUT or PAGE not in app.env.all_docs:
+        # Print has no hover text, and its builder no address of one page from another.
+        paper = app.builder.format != "html"
+        if paper or docname in _PAGES_LEFT_OUT or PAGE not in app.env.all_docs:
             return
         if PAGE not in found:
             found[PAGE] = terms_of(app.env.get_doctree(PAGE))

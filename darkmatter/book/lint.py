@@ -17,9 +17,9 @@ from darkmatter._refusal import Refusal
 from darkmatter.book import notebooks, quizzes
 from darkmatter.book.claims import Claim, load_claims
 from darkmatter.book.colab import leftovers
-from darkmatter.book.editions import BEGINS, ENDS, SOLUTION_TAG
+from darkmatter.book.editions import BEGINS, ENDS
 from darkmatter.book.exercises import Exercise, exercises_of
-from darkmatter.book.notebooks import tags_of
+from darkmatter.book.notebooks import SOLUTION_TAG, tags_of
 from darkmatter.book.paths import Book, chapter_of
 from darkmatter.book.prose import typed_numbers
 
@@ -36,6 +36,12 @@ _IMAGE = re.compile(r"<img\b|!\[[^\]]*\]\(", re.IGNORECASE)
 _CODE = re.compile(r"^(```+|~~~+)[^\n{]*\n.*?^\1\s*$|(`+)(?!`).*?(?<!`)\2(?!`)", re.DOTALL | re.M)
 _HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*$", re.MULTILINE)
 _EXERCISE = re.compile(r"Exercise (\d\d\.\d+)\b")
+_LIE = re.compile(r"Exercise \d\d\.\d+: make the method lie\b")
+_CARD_MINUTES = re.compile(r"\| (\d+) to read and run, (\d+) for the exercises \|")
+_LEAST_READING = 15
+_LONGEST_READING = 20
+_WORDS_A_MINUTE = 220
+_FORMULA = re.compile(r"\$\$.*?\$\$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,7 @@ def no_typed_numbers(source: Source) -> Iterator[str]:
         ]
         said += [
             (call, keyword.arg or "", keyword.value)
-            for call in cell.calls_of("show", "book") + cell.calls_of("token_view", "book")
+            for call in _figures(cell)
             for keyword in call.keywords
             if keyword.arg in ("alt", "caption")
         ]
@@ -311,14 +317,21 @@ def _order(source: Source) -> Iterator[str]:
 
 
 def exercises(source: Source) -> Iterator[str]:
-    """Three to six exercises, each with its heading, hint, solution and registered check."""
+    """Three to six exercises, each with its heading, hint, solution and registered check.
+
+    One of them asks for an input on which the method reports something false.
+    """
     headings: dict[str, Cell] = {}
+    lies = 0
     for cell in source.markdown:
         for match in _HEADING.finditer(cell.text):
             if named := _EXERCISE.match(match[2]):
                 headings[named[1]] = cell
+                lies += bool(_LIE.match(match[2]))
     if not 3 <= len(headings) <= 6:
         yield f"expected three to six exercises ('### Exercise 02.1: ...'), found {len(headings)}"
+    if lies != 1:
+        yield f"expected one exercise '### Exercise 02.1: make the method lie ...', found {lies}"
     checked = {
         str(_constant(call.args[0])): cell
         for cell in source.code
@@ -342,6 +355,11 @@ def exercises(source: Source) -> Iterator[str]:
         announced = f"Difficulty {registered.difficulty}, {registered.minutes} minute"
         if announced not in cell.text:
             yield f"cell {cell.number}: exercise {id} must say '{announced}s', as its check does"
+        if f"Teaches: {registered.teaches}" not in cell.text:
+            yield (
+                f"cell {cell.number}: exercise {id} must say what it teaches, as its check does: "
+                f"'Teaches: {registered.teaches}'"
+            )
         if "<summary>Hint</summary>" not in cell.text:
             yield f"cell {cell.number}: exercise {id} lacks a folded hint (<summary>Hint</summary>)"
         between = [one for one in source.code if cell.number < one.number <= checked[id].number]
@@ -350,7 +368,13 @@ def exercises(source: Source) -> Iterator[str]:
 
 
 def solutions(source: Source) -> Iterator[str]:
-    """Solution lines stand inside a function, between their marks, in cells tagged solution."""
+    """Solution lines stand inside a function, between their marks, in cells tagged solution.
+
+    They are folded, as what is said about them is, and the function is typed.
+    """
+    for cell in source.markdown:
+        if SOLUTION_TAG in tags_of(cell.node) and "<details>" not in cell.text:
+            yield f"cell {cell.number}: what is said about a solution must be folded (<details>)"
     for cell in source.code:
         lines = cell.text.split("\n")
         marks = [line.strip() for line in lines if line.strip() in (BEGINS, ENDS)]
@@ -362,6 +386,35 @@ def solutions(source: Source) -> Iterator[str]:
             yield f"cell {cell.number}: expected '{BEGINS}' and '{ENDS}' in pairs"
         elif any(line.strip() == BEGINS and not line.startswith(" ") for line in lines):
             yield f"cell {cell.number}: a solution must stand inside a function, indented"
+        if not cell.node.metadata.get("jupyter", {}).get("source_hidden"):
+            yield f"cell {cell.number}: a solution must be folded; convert the notebook again"
+        for name in _untyped(cell):
+            yield f"cell {cell.number}: the stub {name} needs a type for each argument and result"
+
+
+def minutes_of_exercises(source: Source) -> Iterator[str]:
+    """The card gives the minutes to read, and beside them the sum of those of the exercises."""
+    total = sum(exercise.minutes for exercise in source.exercises.values())
+    said = _CARD_MINUTES.search(source.cells[0].text) if source.cells else None
+    if said is None or int(said[2]) != total or int(said[1]) < _LEAST_READING:
+        yield (
+            f"cell 1: the card's minutes must be '... to read and run, {total} for the exercises', "
+            f"with at least {_LEAST_READING} to read and run"
+        )
+
+
+def readable(source: Source) -> Iterator[str]:
+    """What is not an exercise takes at most 20 minutes to read, half a minute of each figure."""
+    words, in_exercises = 0, False
+    for cell in source.cells:
+        if not cell.is_code:
+            titles = [match[2] for match in _HEADING.finditer(cell.text)]
+            in_exercises = titles[-1].startswith("Exercise") if titles else in_exercises
+        if not in_exercises and (not cell.is_code or cell.calls_of("say")):
+            words += len(_FORMULA.sub(" ", cell.text).split())
+    minutes = words / _WORDS_A_MINUTE + 0.5 * sum(len(_figures(cell)) for cell in source.code)
+    if minutes > _LONGEST_READING:
+        yield f"takes {minutes:.0f} minutes to read, at most {_LONGEST_READING}: say less"
 
 
 def short_cells(source: Source) -> Iterator[str]:
@@ -388,10 +441,9 @@ def plain_markdown(source: Source) -> Iterator[str]:
 
 
 def one_figure(source: Source) -> Iterator[str]:
-    """A cell shows at most one figure, and only through book.show or book.token_view."""
+    """A cell shows at most one figure, and only through book's show, token_view or explore."""
     for cell in source.code:
-        shown = cell.calls_of("show", "book") + cell.calls_of("token_view", "book")
-        if len(shown) > 1:
+        if len(_figures(cell)) > 1:
             yield f"cell {cell.number}: shows two figures; give each its cell"
         if cell.calls_of("show", "plt"):
             yield f"cell {cell.number}: plt.show() has no alternative text; use book.show"
@@ -407,6 +459,8 @@ RULES: tuple[Rule, ...] = (
     template,
     exercises,
     solutions,
+    minutes_of_exercises,
+    readable,
     short_cells,
     plain_markdown,
     one_figure,
@@ -421,6 +475,22 @@ def _page(path: Path) -> Iterator[str]:
 def _without_magics(source: str) -> str:
     lines = source.split("\n")
     return "\n".join(re.sub(r"^(\s*)[%!].*$", r"\1pass", line) for line in lines)
+
+
+def _figures(cell: Cell) -> list[ast.Call]:
+    """Calls that show a figure."""
+    return [
+        call for name in ("show", "token_view", "explore") for call in cell.calls_of(name, "book")
+    ]
+
+
+def _untyped(cell: Cell) -> Iterator[str]:
+    """Functions at the top of a cell that lack an annotation."""
+    for node in cell.tree.body if cell.tree else []:
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            if node.returns is None or any(one.annotation is None for one in arguments):
+                yield node.name
 
 
 def _constant(node: ast.expr) -> object:

@@ -7,9 +7,11 @@ does nothing, and the tests in `tests/browser` say whether the page is whole wit
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 
+from darkmatter.book.editions import STUDENT
 from darkmatter.book.notebooks import write_text
 
 LEDGER = "claims.html"
@@ -47,8 +49,8 @@ _INLINE = re.compile(r'<span class="math (notranslate nohighlight">)(?=\\\((.*?)
 _SCROLLING = """<script>
 addEventListener("load", function () {
   function reach() {
-    document.querySelectorAll(".pst-scrollable-table-container, .highlight > pre").forEach(
-      function (one) {
+    document.querySelectorAll(
+      ".pst-scrollable-table-container, .highlight > pre, .wide-picture").forEach(function (one) {
         if (one.scrollWidth > one.clientWidth) one.tabIndex = 0;
       });
   }
@@ -59,25 +61,46 @@ addEventListener("load", function () {
 </body>"""
 _SEARCH_INPUT = re.compile(r'id="search-input"')
 _RECORDED = re.compile(r"(^|<span></span>)recorded ([a-z][a-z0-9-]*) = ", re.MULTILINE)
+# What is read as sentences: the answer of a check, and recorded values.
+_SENTENCES = re.compile(
+    r'<pre>(?=(?:<span></span>)?(?:Exercise \d\d\.\d+ |<span class="recorded"))'
+)
+_PICTURE = re.compile(
+    r'(?<=>)(\s*)(<img\b[^>]*\bsrc="[^"]*?([^"/]+\.svg)"[^>]*>)(?=\s*<figcaption)'
+)
+# Points across above which the words of a picture are too small on a phone.
+_WIDE = 560
+_POINTS = re.compile(r'viewBox="[\d.]+ [\d.]+ ([\d.]+) ')
+_COLAB = re.compile(
+    r'<li>(<a href="(https://colab[^"]+?/)([^"/]+\.ipynb)"[^>]*>.*?)Colab(</span>\s*</a>\s*)</li>',
+    re.DOTALL,
+)
+_CARD_END = re.compile(r'<table class="table chapter-card">.*?</table>\s*</div>', re.DOTALL)
 
 
 def mend(html: Path) -> None:
     """Rewrite every page of built HTML in place where `mended` changes it."""
     ledger = LEDGER if (html / LEDGER).is_file() else None
+    points = {path.name: _points(path) for path in (html / "_images").glob("*.svg")}
     for page in sorted(html.rglob("*.html")):
         parts = page.relative_to(html).parts
         if parts[0] == "_static":
             continue
         text = page.read_text(encoding="utf-8")
-        if (better := mended(text, ledger and "../" * (len(parts) - 1) + ledger)) != text:
+        up = "../" * (len(parts) - 1)
+        if (better := mended(text, ledger and up + ledger, points)) != text:
             write_text(page, better)
 
 
-def mended(text: str, ledger: str | None = LEDGER) -> str:
+def mended(
+    text: str, ledger: str | None = LEDGER, points: Mapping[str, float] | None = None
+) -> str:
     """One page without Thebe, its landmarks and ids whole, each recorded value an anchor.
 
     A line "recorded fvu-width = 0.2" becomes the place `#value-fvu-width`, which the ledger links
-    to; with the address of the `ledger` it links back to the claim's row.
+    to; with the address of the `ledger` it links back to the claim's row. `points` is the width of
+    each picture: a wide one gets a frame in which it moves on a phone. Below the card of a chapter,
+    and in the menu of its launch button, stand both of its editions in Colab.
     """
     text = _THEBE.sub("", text)
     text = text.replace(_NO_MODE, _MODE).replace(_NO_DEFAULT, _DEFAULT)
@@ -92,6 +115,8 @@ def mended(text: str, ledger: str | None = LEDGER) -> str:
     )
     text = text.replace("</body>", _SCROLLING)
     text = _CARD.sub('<table class="table chapter-card">', text)
+    text = _with_editions(text)
+    text = _PICTURE.sub(lambda found: _framed(found, points or {}), text)
     # The search page repeats the search box of every page.
     number = count(1)
     text = _SEARCH_INPUT.sub(
@@ -107,7 +132,38 @@ def mended(text: str, ledger: str | None = LEDGER) -> str:
         name = f'<a href="{ledger}#claim-{id}">{id}</a>' if ledger else id
         return f'{before}<span class="recorded" id="value-{id}">recorded {name}</span> = '
 
-    return _RECORDED.sub(anchor, text)
+    return _SENTENCES.sub('<pre class="sentences">', _RECORDED.sub(anchor, text))
+
+
+def _with_editions(text: str) -> str:
+    """The two editions of a chapter in Colab: in the menu, and as a line below the card."""
+    if (found := _COLAB.search(text)) is None:
+        return text
+    link, folder, name, end = found.groups()
+    student = f"{folder}{STUDENT}/{name}"
+    ours = link.replace(f"{folder}{name}", student)
+    text = text.replace(
+        found[0],
+        f"<li>{ours}Colab, exercises to do{end}</li>\n<li>{link}Colab, with solutions{end}</li>",
+    )
+    line = (
+        f'\n<p class="chapter-editions">Open it in Colab: <a href="{student}">the exercises to do'
+        f'</a>, or <a href="{folder}{name}">the chapter with its solutions</a>.</p>'
+    )
+    return _CARD_END.sub(lambda card: card[0] + line, text, count=1)
+
+
+def _framed(picture: re.Match[str], points: Mapping[str, float]) -> str:
+    space, image, name = picture.groups()
+    if (width := points.get(name, 0)) <= _WIDE:
+        return picture[0]
+    return f'{space}<div class="wide-picture" style="--points: {width:.0f}">{image}</div>'
+
+
+def _points(drawing: Path) -> float:
+    """How many points across an SVG was drawn; 0 where it does not say."""
+    found = _POINTS.search(drawing.read_text(encoding="utf-8", errors="replace")[:2000])
+    return float(found[1]) if found else 0
 
 
 def _length(formula: str) -> int:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from darkmatter._files import replacing
 from darkmatter._refusal import Refusal
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DISTRIBUTION = "darkmatter-book"
 _HEADER = re.compile(r"^# %%(?: \[(?P<kind>[a-z]+)\])?(?: tags=(?P<tags>\[.*\]))?\s*$")
 _KINDS = ("markdown", "setup")
+SOLUTION_TAG = "solution"
 _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {
@@ -98,6 +99,8 @@ def from_percent(text: str, repository: str | None = None) -> NotebookNode:
             cell = v4.new_code_cell("\n".join(body).strip("\n"))
         if tags:
             cell.metadata["tags"] = tags
+        if kind is None and SOLUTION_TAG in tags:
+            cell.metadata["jupyter"] = {"source_hidden": True}
         digest = hashlib.sha256(
             json.dumps([cell.cell_type, cell.source, tags]).encode()
         ).hexdigest()[:12]
@@ -158,9 +161,8 @@ def write_notebook(notebook: NotebookNode, path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new text, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _lines_split(notebook: NotebookNode) -> Any:

@@ -57,8 +57,13 @@ def ledger_page(
     records: Sequence[Record],
     files: Mapping[str, str],
     suite: str,
+    titles: Mapping[str, str] | None = None,
 ) -> str:
-    """The claims ledger as Markdown; `files` maps chapters to the names of their notebooks."""
+    """The claims ledger as Markdown.
+
+    `files` maps chapters to the names of their notebooks, `titles` to what their sections are
+    called.
+    """
     recorded = {record.id: record for record in records}
     values = {record.id: record.value for record in records}
     verdicts = {
@@ -84,7 +89,8 @@ def ledger_page(
         if not ours:
             continue
         page = Path(file).stem
-        lines += ["", f"## Chapter {chapter}", "", f"[Read the chapter]({file})"]
+        title = (titles or {}).get(chapter, f"Chapter {chapter}")
+        lines += ["", f"## {title}", "", f"[Read chapter {chapter}]({file})"]
         tested = [claim for claim in ours if claim.kind != "value"]
         if tested:
             lines += ["", "| Claim | Paper | This run | Verdict |", "|---|---|---|---|"]
@@ -132,7 +138,7 @@ def statistics_page(executed: Mapping[str, NotebookNode], files: Mapping[str, st
             within = "yes" if seconds <= BUDGET_SECONDS else "not beside another"
         lines.append(
             row(
-                f"[{chapter}]({files[chapter]})",
+                f"[{title_of(notebook) or chapter}]({files[chapter]})",
                 f"{seconds:.0f}",
                 str(jobs),
                 f"{peak / 2**30:.2f}",
@@ -145,6 +151,12 @@ def statistics_page(executed: Mapping[str, NotebookNode], files: Mapping[str, st
     lines += ["| Package | Version |", "|---|---|"]
     lines += [row(name, ", ".join(sorted(found))) for name, found in sorted(stamped.items())]
     return "\n".join(lines) + "\n"
+
+
+def title_of(notebook: NotebookNode) -> str:
+    """The first heading of a chapter, such as "02 · SAE error and width"; empty without one."""
+    first = str(notebook.cells[0].source) if notebook.cells else ""
+    return first.split("\n")[0].removeprefix("# ") if first.startswith("# ") else ""
 
 
 def suite_card_page(card: Path, suite: str) -> str:

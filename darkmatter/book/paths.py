@@ -11,6 +11,7 @@ from darkmatter._refusal import Refusal
 
 BOOK_VARIABLE = "DARKMATTER_BOOK"
 _CHAPTER = re.compile(r"(\d\d)_\w+\.ipynb")
+_SUITE = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Book:
         return self.root / "_build" / "html"
 
     def results(self, suite: str) -> Path:
+        """The reference values of a suite. Refuses what is no name, such as a path."""
+        if not _SUITE.fullmatch(suite):
+            raise Refusal(
+                f"expected the name of a suite, such as pydocs, found {suite[:80]!r}; pass a name"
+            )
         return self.source / "results" / f"{suite}.json"
 
     def chapters(self, only: str | None = None) -> list[Path]:

@@ -74,12 +74,22 @@ def _is_xml(content: bytes) -> bool:
 def write_pdf(book: Book) -> Path:
     """Build _build/pdf/dark-matter.pdf from the staged pages; refuses a machine without LaTeX."""
     require_latex()
-    options = {"latex_engine": "xelatex", "latex_use_xindy": False}
-    # LaTeX has no drawings in SVG: figures come as PNG, and the landing page's is left out.
-    built = _sphinx(book, "latex", options, strict=False)
-    (source,) = built.glob("*.tex")
-    build(["latexmk", "-xelatex", "-interaction=nonstopmode", source.name], "latexmk", built)
+    source = write_tex(book)
+    build(["latexmk", "-xelatex", "-interaction=nonstopmode", source.name], "LaTeX", source.parent)
     return _moved(source.with_suffix(".pdf"), book.root / "_build" / "pdf" / f"{NAME}.pdf")
+
+
+def write_tex(book: Book) -> Path:
+    """Write the LaTeX of the staged pages, which needs no LaTeX; returns the .tex file.
+
+    LaTeX has no drawings in SVG: every figure comes as PNG.
+    """
+    options = {"latex_engine": "xelatex", "latex_use_xindy": False}
+    built = _sphinx(book, "latex", options | {"jblatex_load_imgconverter": False})
+    # The class of Jupyter Book asks for a font of 500 MB, and no page uses it.
+    write_text(built / "bbm.sty", "\\ProvidesPackage{bbm}\n\\providecommand{\\mathbbm}{\\mathbb}\n")
+    (source,) = built.glob("*.tex")
+    return source
 
 
 def require_latex() -> None:
@@ -88,7 +98,8 @@ def require_latex() -> None:
         if shutil.which(program) is None:
             raise MissingProgram(
                 f"expected LaTeX for a PDF, found no program {program}; install it (Debian: "
-                "latexmk texlive-xetex fonts-freefont-otf), or make the EPUB, which needs none"
+                "latexmk texlive-xetex texlive-latex-extra fonts-freefont-otf tex-gyre), or make "
+                "the EPUB, which needs none"
             )
 
 
@@ -129,7 +140,7 @@ def printed_config(book: Book, options: dict[str, Any]) -> str:
         config.pop(key, None)
     sphinx: dict[str, Any] = config.setdefault("sphinx", {})
     kept = [one for one in sphinx.get("extra_extensions", []) if "mathjax" not in one]
-    sphinx["extra_extensions"] = [*kept, "darkmatter.book.formulas"]
+    sphinx["extra_extensions"] = [*kept, "darkmatter.book.formulas", "darkmatter.book.paper"]
     inner: dict[str, Any] = sphinx.setdefault("config", {})
     inner["suppress_warnings"] = [*inner.get("suppress_warnings", []), *_QUIET]
     title = str(config.get("title", "Book"))

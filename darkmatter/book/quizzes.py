@@ -16,6 +16,7 @@ from typing import Any
 
 from darkmatter._refusal import Refusal
 from darkmatter.book.prose import fill, typed_numbers
+from darkmatter.book.yamlfiles import read_yaml, shown
 
 SOURCE = Path("instructor", "quizzes.yml")
 PAGE = Path("instructor", "quizzes.md")
@@ -62,16 +63,14 @@ def load_quizzes(path: Path) -> dict[str, list[Question]]:
     Raises `Refusal` where a chapter has not three to five questions, a question has not two or
     three wrong options, two options are equal, or something lacks its text or its reason.
     """
-    import yaml
-
-    content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path, "chapters with lists of questions")
     if not isinstance(content, dict):
         raise Refusal(f"expected chapters with lists of questions in {path}, found none; add them")
     quizzes: dict[str, list[Question]] = {}
     for chapter, entries in content.items():  # pyright: ignore[reportUnknownVariableType] - checked below
         if not isinstance(entries, list) or not LEAST <= len(entries) <= MOST:  # pyright: ignore[reportUnknownArgumentType] - checked here
             raise Refusal(
-                f"expected a list of {LEAST} to {MOST} questions for chapter {chapter!r} in "
+                f"expected a list of {LEAST} to {MOST} questions for chapter {shown(chapter)} in "
                 f"{path.name}; add or remove some"
             )
         quizzes[str(chapter)] = [  # pyright: ignore[reportUnknownArgumentType] - a key of YAML
@@ -124,7 +123,7 @@ def quiz_page(quizzes: Mapping[str, list[Question]], files: Mapping[str, str]) -
     ]
     for chapter in sorted(set(quizzes) & set(files)):
         questions = quizzes[chapter]
-        lines += ["", f"## Chapter {chapter}", "", f"[Read the chapter](../{files[chapter]})"]
+        lines += ["", f"## Chapter {chapter}", "", f"[Read chapter {chapter}](../{files[chapter]})"]
         for number, question in enumerate(questions, start=1):
             lines += ["", *rendered(number, question)]
     return "\n".join(lines) + "\n"
@@ -150,10 +149,14 @@ def rendered(number: int, question: Question) -> Iterator[str]:
 def _question(chapter: str, number: int, entry: Any) -> Question:
     where = f"question {chapter}.{number}"
     if not isinstance(entry, dict):
-        raise Refusal(f"{where}: expected ask, right, because and wrong, found {entry!r}; add them")
+        raise Refusal(
+            f"{where}: expected ask, right, because and wrong, found {shown(entry)}; add them"
+        )
     given: dict[str, Any] = {str(key): value for key, value in entry.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType] - YAML
     if unknown := sorted(set(given) - {"ask", "right", "because", "wrong"}):
-        raise Refusal(f"{where}: expected ask, right, because and wrong, found {unknown[0]!r} too")
+        raise Refusal(
+            f"{where}: expected ask, right, because and wrong, found {shown(unknown[0])} too"
+        )
     wrong: Any = given.get("wrong")
     if not isinstance(wrong, list) or not 2 <= len(wrong) <= len(_LETTERS) - 1:  # pyright: ignore[reportUnknownArgumentType] - checked here
         raise Refusal(f"{where}: expected two or three wrong options; add or remove some")
@@ -168,5 +171,5 @@ def _question(chapter: str, number: int, entry: Any) -> Question:
 def _text(given: Any, key: str, where: str) -> str:
     value: Any = given.get(key) if isinstance(given, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] - YAML
     if not isinstance(value, str) or not value.strip():
-        raise Refusal(f"{where}: expected a text under {key}, found {value!r}; write one")
+        raise Refusal(f"{where}: expected a text under {key}, found {shown(value)}; write one")
     return value.strip()

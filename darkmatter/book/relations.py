@@ -18,6 +18,9 @@ from darkmatter._refusal import Refusal
 
 Value = float | bool | list[float]
 
+# Longer ones could nest deeper than Python's stack; the longest of the book has a fifth of it.
+_LONGEST = 200
+
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)(?![a-z0-9-])"
     r"|(?P<and>and)(?![a-z0-9-])"
@@ -70,10 +73,15 @@ def _tokens(relation: str) -> list[_Token]:
         if match is None or match.lastgroup is None:
             raise Refusal(
                 f"expected a relation such as 'a < b < 0.5' over recorded ids, found "
-                f"{text[position : position + 12]!r} in {relation!r}; correct the relation"
+                f"{text[position : position + 12]!r} in {relation[:80]!r}; correct the relation"
             )
         found.append(_Token(match.lastgroup, match[match.lastgroup]))
         position = match.end()
+    if len(found) > _LONGEST:
+        raise Refusal(
+            f"expected a relation of at most {_LONGEST} words and signs, found {len(found)}, which "
+            f"begin with {relation[:40]!r}; write a shorter one"
+        )
     return found
 
 

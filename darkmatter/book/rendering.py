@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from bs4 import BeautifulSoup, Tag
 
 from darkmatter._refusal import Refusal
+from darkmatter.book.editions import STUDENT
 from darkmatter.book.links import dead_links
 from darkmatter.book.mending import mend
 from darkmatter.book.paths import Book
@@ -69,10 +70,10 @@ def build(
 def html_problems(html: Path, chapters: Iterable[str]) -> list[str]:
     """What is wrong with built HTML.
 
-    Every image has a sentence as text alternative; no page loads a script, style, font or image
-    from outside; every local one exists; formulas are typeset by a local MathJax; each page of
-    `chapters` (names without suffix) offers its notebook in Colab; each link inside the book leads
-    to a page and a place that are there.
+    Every image of the text has a sentence as text alternative and a caption that says more; no page
+    loads a script, style, font or image from outside; every local one exists; formulas are typeset
+    by a local MathJax; each page of `chapters` (names without suffix) offers its notebook and its
+    student edition in Colab; each link inside the book leads to a page and a place that are there.
     """
     found: list[str] = []
     pages = [path for path in sorted(html.rglob("*.html")) if "_static" not in path.parts]
@@ -90,8 +91,10 @@ def html_problems(html: Path, chapters: Iterable[str]) -> list[str]:
         page = html / f"{chapter}.html"
         if not page.is_file():
             found.append(f"{chapter}.html: missing; is the chapter in _toc.yml?")
-        elif not _has_colab_link(page, chapter):
-            found.append(f"{chapter}.html: no link that opens {chapter}.ipynb in Colab")
+        else:
+            for notebook in (f"{chapter}.ipynb", f"{STUDENT}/{chapter}.ipynb"):
+                if not _has_colab_link(page, notebook):
+                    found.append(f"{chapter}.html: no link that opens {notebook} in Colab")
     return found + dead_links(html)
 
 
@@ -102,6 +105,13 @@ def _images(soup: BeautifulSoup) -> Iterator[str]:
             alt = _attribute(image, "alt")
             if len(alt.split()) < _WORDS_OF_A_SENTENCE:
                 yield f"the image {_attribute(image, 'src')} has {alt!r} as text, not a sentence"
+            figure = image.find_parent("figure")
+            caption = figure.find("figcaption") if figure else None
+            words = caption.get_text(" ").split() if caption else []
+            if len(words) < _WORDS_OF_A_SENTENCE:
+                yield f"the image {_attribute(image, 'src')} has no caption"
+            elif " ".join(words).rstrip("#. ").endswith(alt.rstrip(". ")):
+                yield f"the caption of {_attribute(image, 'src')} says no more than its text"
         for drawing in article.find_all("svg"):
             hidden = _attribute(drawing, "aria-hidden") == "true"
             if not (hidden or _attribute(drawing, "aria-label") or drawing.find("title")):
@@ -158,10 +168,10 @@ def _attribute(tag: Tag, name: str) -> str:
     return " ".join(value) if isinstance(value, list) else str(value or "").strip()
 
 
-def _has_colab_link(page: Path, chapter: str) -> bool:
+def _has_colab_link(page: Path, notebook: str) -> bool:
     soup = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
     return any(
         _attribute(link, "href").startswith(COLAB)
-        and _attribute(link, "href").endswith(f"/{chapter}.ipynb")
+        and _attribute(link, "href").endswith(f"/{notebook}")
         for link in soup.find_all("a")
     )

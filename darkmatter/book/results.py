@@ -14,6 +14,7 @@ from darkmatter.book.execution import METADATA_KEY, digest, executed_notebooks, 
 from darkmatter.book.notebooks import write_text
 from darkmatter.book.paths import Book, chapter_of
 from darkmatter.book.relations import Value
+from darkmatter.book.yamlfiles import shown
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -47,9 +48,9 @@ def load_reference(book: Book, suite: str) -> dict[str, Value]:
             f"expected the reference values at {path}, found none; execute the book with seed "
             f"{REFERENCE_SEED} and run `python -m darkmatter.book results --update`"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise Refusal(
-            f"expected reference values in {path}, but it cannot be read ({error!r}); "
+            f"expected reference values in {path}, but it cannot be read ({shown(error)}); "
             "run `python -m darkmatter.book results --update`"
         ) from error
     if not sealed:

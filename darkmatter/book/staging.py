@@ -34,6 +34,7 @@ def stage(book: Book, suite: str = "pydocs") -> Path:
             "run `python -m darkmatter.book execute` first"
         )
     executed = {chapter: executed[chapter] for chapter in files}
+    titles = {chapter: pages.title_of(notebook) for chapter, notebook in executed.items()}
     claims = load_claims(book.claims)
     records = all_records(executed)
     written = {target / name for name in files.values()}
@@ -48,7 +49,7 @@ def stage(book: Book, suite: str = "pydocs") -> Path:
             shutil.copyfile(source, copy)
     card = PACKAGE / "suites" / suite / "data" / "README.md"
     generated = {
-        "claims.md": pages.ledger_page(claims, records, files, suite),
+        "claims.md": pages.ledger_page(claims, records, files, suite, titles),
         "run_statistics.md": pages.statistics_page(executed, files),
         "suite_card.md": pages.suite_card_page(card, suite),
         "_config.yml": book.config.read_text(encoding="utf-8"),

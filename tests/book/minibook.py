@@ -99,7 +99,7 @@ CHAPTER = '''# %% [markdown]
 
 | You will learn | You need | Minutes | Memory |
 |---|---|---|---|
-| the rules | nothing | 1 | 1 GiB |
+| the rules | nothing | 15 to read and run, 15 for the exercises | 1 GiB |
 """
 
 # %% [setup]
@@ -159,9 +159,9 @@ book.show(
 EXERCISE = '''
 # %% [markdown]
 """
-### Exercise 99.{n}: double it
+### Exercise 99.{n}: {title}
 
-Difficulty 2, 5 minutes. Write a function that doubles.
+Difficulty 2, 5 minutes. Teaches: Doubling is adding. Write a function that doubles.
 
 <details><summary>Hint</summary>
 
@@ -171,7 +171,7 @@ Add.
 """
 
 # %% tags=["solution"]
-def double_{n}(x):
+def double_{n}(x: float) -> float:
     """Twice x."""
     # solution begins
     return x + x
@@ -205,9 +205,11 @@ def chapter_text(with_checks: bool = True) -> str:
         CHAPTER
         + "".join(
             EXERCISE.format(
-                n=n, check=f'book.check("99.{n}", double_{n})' if with_checks else f"double_{n}(1)"
+                n=n,
+                title=title,
+                check=f'book.check("99.{n}", double_{n})' if with_checks else f"double_{n}(1)",
             )
-            for n in (1, 2, 3)
+            for n, title in enumerate(("double it", "again", "make the method lie"), start=1)
         )
         + END
     )

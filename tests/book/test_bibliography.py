@@ -18,7 +18,7 @@ ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf|html)/(\d{4}\.\d{4,5})")
 # Published on the web only, without a DOI or an arXiv number.
 ON_THE_WEB = {
     *("bricken2023", "templeton2024", "elhage2021"),  # Transformer Circuits Thread
-    *("gurnee2024", "wright2024", "till2024", "linsefors2024"),  # LessWrong
+    *("gurnee2024", "wright2024", "till2024", "linsefors2024", "watkins2023"),  # LessWrong
     *("heimersheim2024plateaus", "shinkle2025"),
     *("smith2024", "jordan2024", "radford2019"),  # Alignment Forum, a blog, OpenAI
 }

@@ -24,7 +24,7 @@ $$
 
 | a | b |
 |---|---|
-| $\lVert e\rVert$ | `code | here` |
+| $\lVert e\rVert$ | `code \| here` |
 
 > **Predict first.** Which?
 
@@ -62,6 +62,14 @@ def test_plain_markdown_leaves_nothing_raw() -> None:
         ("(a-label)=\n# Title", "a label"),
         (r"\\(x\\) is $y$", "LaTeX"),
         (r"$\\hat x$", r"a doubled backslash in the formula"),
+        ("a $ x$ in a line", "a space beside a dollar sign"),
+        ("| a | b |\n|---|---|\n| $\\|x\\|$ | 1 |", "a bar in a formula of a table"),
+        ("a claim[^1]\n", "a footnote"),
+        ("a term\n: and what it means", "a definition"),
+        ("[text]{.wide}", "an attribute"),
+        ("<details><summary>What of `x`?</summary>\n\na\n\n</details>", "a code mark"),
+        ("<details><summary>What of $x$?</summary>\n\na\n\n</details>", "a dollar sign"),
+        ("<details><summary>A</summary>\n\ntext\n</details>", "before the end of the fold"),
         ("$$\n(t - \\\\bar t)\\\\,\n$$", "a doubled backslash in the formula"),
     ],
 )

@@ -55,6 +55,10 @@ def test_an_epub_has_numbers_figures_and_formulas_and_no_script(epub: zipfile.Zi
     assert 'xmlns="http://www.w3.org/1998/Math/MathML"' in page
     assert r"\(" not in page
     assert not [name for name in epub.namelist() if name.endswith(".js")]
+    ledger = epub.read("claims.xhtml").decode()
+    assert "mini-fvu" in ledger
+    for left_out in ("<button", "<fieldset", "<script", "ledger-cell"):
+        assert left_out not in ledger
 
 
 def test_html_that_is_no_xml_is_rewritten_or_refused(tmp_path: Path) -> None:
@@ -80,7 +84,8 @@ def test_the_configuration_has_no_buttons_and_keeps_the_rest(staged: Book) -> No
     config = yaml.safe_load(printed.printed_config(staged, {"epub_basename": "x"}))
     assert config["title"] == "Mini"
     assert {"repository", "launch_buttons", "html"} & set(config) == set()
-    assert config["sphinx"]["extra_extensions"] == ["darkmatter.book.formulas"]
+    extensions = config["sphinx"]["extra_extensions"]
+    assert extensions == ["darkmatter.book.formulas", "darkmatter.book.paper"]
     inner = config["sphinx"]["config"]
     assert inner["html_math_renderer"] == "mathml"
     assert inner["epub_basename"] == "x"
@@ -112,6 +117,12 @@ def test_with_latex_the_pdf_is_made_of_the_pages(
     assert path == staged.root / "_build" / "pdf" / "dark-matter.pdf"
     text = path.read_text()
     assert r"\chapter{99 · A mini chapter}" in text
+    # Of the ledger the claims, without what needs a script; its table breaks over pages.
+    assert "mini\\sphinxhyphen{}fvu" in text
+    assert "cellcopy" not in text
+    assert r"\begin{longtable}" in text
+    assert "tabulary" not in text
+    assert "mathbbm" in (path.parents[1] / "editions/latex/_build/latex/bbm.sty").read_text()
     assert "31.1" in text
     assert "includegraphics" in text
 

@@ -70,7 +70,7 @@ def test_every_option_is_on_the_page_with_its_reason(tmp_path: Path) -> None:
     page = quizzes.quiz_page(loaded, {"99": "99_mini.ipynb"})
     assert page == quizzes.quiz_page(loaded, {"99": "99_mini.ipynb"})
     assert "Why" not in quizzes.quiz_page(loaded, {"98": "98_mini.ipynb"})
-    assert "[Read the chapter](../99_mini.ipynb)" in page
+    assert "[Read chapter 99](../99_mini.ipynb)" in page
     for text in ("Right.", "Wrong 1.", "Wrong 2.", "Wrong 3."):
         assert len(re.findall(rf"^- \([abcd]\) {text}$", page, re.MULTILINE)) == 3
     folded = page.split("<details>")[1].split("</details>")[0]

@@ -65,7 +65,7 @@ def test_the_ledger_shows_claim_paper_run_and_verdict(executed_once: Book) -> No
     assert 'href="99_mini.html#value-mini-fvu"' in page
     assert 'data-clipboard-text="mini-fvu = 0.311 (0.305 to 0.317) (chapter 99' in page
     assert "*Control.* A probe fitted on shuffled rows finds nothing. `mini-shuffled`" in page
-    assert "[Read the chapter](99_mini.ipynb)" in page
+    assert "[Read chapter 99](99_mini.ipynb)" in page
     unrun = pages.ledger_page(claims, [], {"99": "99_mini.ipynb"}, "pydocs")
     assert "what was not run (3)</label>" in unrun
     assert "#value-" not in unrun
@@ -74,7 +74,7 @@ def test_the_ledger_shows_claim_paper_run_and_verdict(executed_once: Book) -> No
 def test_the_statistics_name_what_is_over_budget(executed_once: Book) -> None:
     executed = executed_notebooks(executed_once.executed)
     page = pages.statistics_page(executed, {"99": "99_mini.ipynb"})
-    assert "| [99](99_mini.ipynb) |" in page
+    assert "| [99 · A mini chapter](99_mini.ipynb) |" in page
     assert "| torch |" in page
     executed["99"].metadata["darkmatter"].update(seconds=91.0, peak_bytes=2**30)
     assert "| 91 | 1 | 1.00 | **no** |" in pages.statistics_page(executed, {"99": "99_mini.ipynb"})
@@ -116,6 +116,10 @@ def test_the_page_shows_said_numbers_formulas_and_described_figures(rendered: Bo
     [
         ('alt="Line chart: the error falls steadily with width."', "", "not a sentence"),
         ('alt="Line chart: the error falls steadily with width."', 'alt="a.png"', "not a sentence"),
+        ("</article>", '<img alt="one two three four" src="99_mini.html"></article>', "no caption"),
+        ("Error against width, 0.311 (0.305 to 0.317) at first.",
+         "Line chart: the error falls steadily with width.", "says no more than its text"),
+        ("/student/99_mini.ipynb", "/pupil/99_mini.ipynb", "opens student/99_mini.ipynb in Colab"),
         ("</article>", "<svg></svg></article>", "an inline drawing has no title"),
         ("</head>", '<script src="https://cdn.org/a.js"></script></head>', "from outside"),
         ("</head>", '<script src="//cdn.org/a.js"></script></head>', "from outside"),

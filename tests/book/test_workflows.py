@@ -57,10 +57,11 @@ def test_the_book_is_tested_on_push_and_published_from_main_alone() -> None:
     assert jobs["publish"]["permissions"] == {"pages": "write", "id-token": "write"}
 
 
-def test_links_and_colab_are_checked_every_week_and_a_failure_opens_an_issue() -> None:
+def test_links_colab_and_suites_are_checked_every_week_and_a_failure_opens_an_issue() -> None:
     (schedule,) = events("weekly")["schedule"]
     assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", schedule["cron"])
-    for job, target in (("links", "linkcheck"), ("colab", "colab-check")):
+    checks = {"links": "linkcheck", "colab": "colab-check", "suites": "suites-check"}
+    for job, target in checks.items():
         of_job = WORKFLOWS["weekly"]["jobs"][job]["steps"]
         assert any(f"make {target}" in step.get("run", "") for step in of_job)
         (issue,) = [step for step in of_job if "open-issue" in step.get("run", "")]

@@ -22,7 +22,13 @@ from tests.book.minibook import CONFIG, chapter_text, write_book
 from tests.browser.browsing import NONE_FOUND, REQUIRED, has_browser, launch, serve
 
 _AVAILABLE = has_browser()
-collect_ignore_glob = [] if _AVAILABLE or REQUIRED else ["test_pages.py", "test_checks.py"]
+_NEED_IT = [
+    "test_pages.py",
+    "test_checks.py",
+    "test_latent_page.py",
+    "test_hostile_text.py",
+]
+collect_ignore_glob = [] if _AVAILABLE or REQUIRED else _NEED_IT
 
 ROOT = Path(__file__).parents[2]
 CELLS = """
@@ -36,6 +42,14 @@ book.token_view(
     quantity="error norm",
     unit="a.u.",
 )
+"""
+
+GLOSSARY = """# Glossary
+
+```{glossary}
+formula
+  A sentence in the letters of mathematics.
+```
 """
 
 
@@ -69,7 +83,13 @@ def mini_html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = chapter_text(with_checks=False)
     assert marker in text
     book = write_book(tmp_path_factory.mktemp("pages"), text.replace(marker, CELLS + marker))
-    book.config.write_text(CONFIG, encoding="utf-8")
+    mathjax = "[sphinx-mathjax-offline]"
+    assert mathjax in CONFIG
+    with_glossary = CONFIG.replace(mathjax, f"{mathjax[:-1]}, darkmatter.book.glossary]")
+    book.config.write_text(with_glossary, encoding="utf-8")
+    (book.source / "glossary.md").write_text(GLOSSARY, encoding="utf-8")
+    contents = book.source / "_toc.yml"
+    contents.write_text(contents.read_text() + "  - file: glossary\n", encoding="utf-8")
     (book.source / "_static").mkdir()
     shutil.copy(ROOT / "book" / "_static" / "style.css", book.source / "_static")
     list(execute(book))
@@ -111,7 +131,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("page_name", page_names(folder) if folder else MINI_PAGES)
 
 
-MINI_PAGES = ["intro.html", "99_mini.html", "claims.html", "run_statistics.html", "search.html"]
+MINI_PAGES = [
+    f"{name}.html"
+    for name in ("intro", "99_mini", "claims", "run_statistics", "glossary", "search")
+]
 
 
 def page_names(html: Path) -> list[str]:

@@ -105,7 +105,7 @@ def test_the_ledger_filters_and_leads_to_the_cells(browser: Browser, address: st
         assert here.problems == []
 
 
-@pytest.mark.parametrize("size", [{"width": 1200, "height": 800}, PHONE])
+@pytest.mark.parametrize("size", [{"width": 1280, "height": 800}, PHONE])
 def test_the_landing_page_begins_with_the_finding(
     browser: Browser, address: str, book_html: Path, size: dict[str, int]
 ) -> None:
@@ -121,6 +121,76 @@ def test_the_landing_page_begins_with_the_finding(
     assert claim["y"] + claim["height"] < size["height"]
     # Four fifths of the figure are enough to see what it says.
     assert figure["y"] + 0.8 * figure["height"] < size["height"]
+
+
+def test_a_term_says_what_it_means_and_leads_to_the_glossary(
+    browser: Browser, address: str, book_html: Path
+) -> None:
+    pages = sorted(book_html.glob("[0-9][0-9]_*.html"))
+    name = next(one.name for one in pages if "glossary-term" in one.read_text(encoding="utf-8"))
+    with visit(browser, address, name) as here:
+        page = here.open()
+        term = page.locator("article a.glossary-term").first
+        # What a mouse sees hovering, and a screen reader reads.
+        assert len((term.get_attribute("title") or "").split()) >= 4
+        word = term.inner_text().lower().rstrip("s")
+        term.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/glossary.html#term-*")
+        entry = page.locator(f"[id='{page.evaluate('() => location.hash.slice(1)')}']")
+        assert entry.is_visible()
+        assert word in entry.inner_text().lower()
+        assert here.problems == []
+
+
+def test_next_and_previous_do_what_their_labels_say(browser: Browser, address: str) -> None:
+    with visit(browser, address, "intro.html") as here:
+        page = here.open()
+        first = page.locator("article h1").inner_text()
+        for link, back in (("a.right-next", "a.left-prev"), ("a.left-prev", "a.right-next")):
+            label = page.locator(f"{link} .prev-next-title").inner_text()
+            page.locator(link).click()
+            page.wait_for_load_state("load")
+            assert page.locator("article h1").inner_text().startswith(label)
+            assert page.locator(back).is_visible()
+        assert page.locator("article h1").inner_text() == first
+        assert here.problems == []
+
+
+def test_the_exercises_are_one_click_away_in_colab(
+    browser: Browser, address: str, book_html: Path
+) -> None:
+    chapter = min(book_html.glob("[0-9][0-9]_*.html")).stem
+    with visit(browser, address, f"{chapter}.html", viewport=PHONE) as here:
+        link = here.open().locator("article .chapter-editions a").first
+        assert link.is_visible()
+        assert (link.get_attribute("href") or "").endswith(f"/book/student/{chapter}.ipynb")
+
+
+def test_a_phone_shows_words_of_figures_and_answers_of_checks(
+    browser: Browser, address: str, book_html: Path
+) -> None:
+    texts = {page.name: page.read_text() for page in sorted(book_html.glob("[0-9][0-9]_*.html"))}
+    wide = [name for name, text in texts.items() if "wide-picture" in text]
+    for name in {next(iter(texts)), *wide[:2]}:
+        with visit(browser, address, name, viewport=PHONE) as here:
+            page = here.open()
+            # Pixels for each point that the figure was drawn in: its words have 13 points.
+            scales: list[float] = page.evaluate(
+                """async () => {
+                  const images = [...document.querySelectorAll('article figure img[src$=".svg"]')];
+                  for (const one of images) { one.loading = 'eager'; await one.decode(); }
+                  return images.map((one) => one.clientWidth / (0.75 * one.naturalWidth));
+                }"""
+            )
+            cut: list[str] = page.evaluate(
+                """() => [...document.querySelectorAll('article pre.sentences')]
+                  .filter((one) => one.scrollWidth > one.clientWidth)
+                  .map((one) => one.textContent.slice(0, 60))"""
+            )
+        # Eight pixels.
+        assert min(scales) >= 0.61, name
+        assert cut == [], name
 
 
 def test_next_leads_through_every_page_and_back(book_html: Path) -> None:

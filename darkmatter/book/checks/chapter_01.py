@@ -36,7 +36,7 @@ def _number(value: Any, what: str) -> float:
     return float(value)
 
 
-@exercise("01.1", difficulty=1, minutes=10, teaches="FVU is pooled: sum first, divide once")
+@exercise("01.1", difficulty=1, minutes=10, teaches="FVU is pooled: sum first, divide once.")
 def fvu_of(answer: Callable[[Tensor, Tensor], Any]) -> str:
     """The pooled FVU, against the usual other ratios."""
     x, x_hat = _planted()
@@ -68,7 +68,7 @@ def fvu_of(answer: Callable[[Tensor, Tensor], Any]) -> str:
     return "Your FVU agrees with dm.fvu."
 
 
-@exercise("01.2", difficulty=1, minutes=5, teaches="L0 counts latents, however strong they are")
+@exercise("01.2", difficulty=1, minutes=5, teaches="L0 counts latents, however strong they are.")
 def mean_l0_of(answer: Callable[[Tensor], Any]) -> str:
     """Mean L0 of a small dense code with rows of different L0."""
     f = torch.tensor([[0.0, 2.0, 0.0, 0.5, 0.0], [1.5, 0, 0, 0, 0], [0.1, 0.2, 0.3, 0, 7.0]])
@@ -90,7 +90,9 @@ def mean_l0_of(answer: Callable[[Tensor], Any]) -> str:
     return "Rows with 2, 1 and 4 active latents have a mean L0 of 7/3."
 
 
-@exercise("01.3", difficulty=2, minutes=10, teaches="No constant beats the mean, whose FVU is 1")
+@exercise(
+    "01.3", difficulty=2, minutes=10, teaches="What a reconstruction that ignores its input scores."
+)
 def best_constant(answer: Callable[[Tensor], Any]) -> str:
     """The mean and the FVU of predicting it."""
     x, _ = _planted()
@@ -121,7 +123,7 @@ def best_constant(answer: Callable[[Tensor], Any]) -> str:
     return "The best constant is the mean, and its FVU is 1: that is where the scale comes from."
 
 
-@exercise("01.4", difficulty=2, minutes=10, teaches="The cosine cannot see shrinkage; FVU can")
+@exercise("01.4", difficulty=2, minutes=10, teaches="The cosine cannot see shrinkage; FVU can.")
 def mean_cosine(answer: Callable[[Tensor, Tensor], Any]) -> str:
     """Mean over tokens of the cosine, which does not change when x_hat is halved."""
     x, x_hat = _planted()
@@ -154,7 +156,7 @@ def mean_cosine(answer: Callable[[Tensor, Tensor], Any]) -> str:
     )
 
 
-@exercise("01.5", difficulty=3, minutes=15, teaches="One giant token can make any FVU small")
+@exercise("01.5", difficulty=3, minutes=15, teaches="What one token can do to a pooled score.")
 def flatter(answer: Callable[[Tensor, Tensor], Any]) -> str:
     """One row more, the others as they were, and an FVU below 1/100."""
     x, _ = _planted()

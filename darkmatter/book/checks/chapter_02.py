@@ -130,7 +130,7 @@ def floor_error(answer: Callable[[Floats, float, float, float], float]) -> str:
     "02.4",
     difficulty=3,
     minutes=15,
-    teaches="In-sample scores are too good by d / n, and new rows are worse by as much again.",
+    teaches="Scores on the fitted rows flatter, and new rows pay for it too.",
 )
 def expected_on_new_rows(answer: Callable[[float, int, int], float]) -> None:
     """(n + p) / (n - p) with p = d + 1; to second order in p / n other forms are right too."""
@@ -177,8 +177,7 @@ def simulated_fvu(width: ArrayLike, lengths: ArrayLike | float) -> Floats:
     "02.5",
     difficulty=3,
     minutes=20,
-    teaches="Equal training lengths bend the curve of the widest SAEs, and the bend looks like a "
-    "floor.",
+    teaches="What looks like a floor need not be one.",
 )
 def training_lengths(answer: Callable[[Floats, bool], Floats]) -> str:
     """The honest choice gives no floor, the other a floor that its interval believes."""

@@ -62,7 +62,7 @@ def two_averages(answer: Callable[..., Any]) -> str:
 
 
 @exercise(
-    "03.2", difficulty=2, minutes=8, teaches="The error of a dead SAE is x itself: R2 is one."
+    "03.2", difficulty=2, minutes=8, teaches="What a linear probe finds in the error of a dead SAE."
 )
 def dead_probe(answer: Callable[..., Any]) -> str:
     """The map that predicts x - mean(x) from x."""
@@ -166,7 +166,9 @@ def merged_moment(answer: Callable[..., Any]) -> str:
     return "The merged moment is exact, whatever the cut."
 
 
-@exercise("03.5", difficulty=2, minutes=10, teaches="In-sample R2 of noise is d / (n - 1).")
+@exercise(
+    "03.5", difficulty=2, minutes=10, teaches="What noise scores on the rows it was fitted on."
+)
 def rows_for_a_lie(answer: Callable[[int, float], int]) -> str:
     """The in-sample R2 of noise at the number of rows given."""
     generator = torch.Generator().manual_seed(7)

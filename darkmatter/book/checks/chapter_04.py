@@ -73,7 +73,7 @@ def _active_features(seed: int, n: int) -> Tensor:
     "04.2",
     difficulty=2,
     minutes=10,
-    teaches="For constant values the squared norm is linear in x and the plain norm is not.",
+    teaches="The squared norm and the plain norm are two targets.",
 )
 def squared_and_plain(
     answer: Callable[..., Any],

@@ -104,9 +104,7 @@ def rarest(answer: Callable[..., Any]) -> str:
     return "Lowest mean value, the dead latent first."
 
 
-@exercise(
-    "07.4", difficulty=3, minutes=15, teaches="Noise of the activation's shape looks nonlinear."
-)
+@exercise("07.4", difficulty=3, minutes=15, teaches="Not all noise is recognised as noise.")
 def hidden_noise(answer: Callable[..., Any]) -> str:
     """Noise of a twentieth of the variance that the split calls nonlinear."""
     d, n = 12, 12_000

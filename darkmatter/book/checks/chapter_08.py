@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -175,3 +175,44 @@ def balanced_score(answer: Callable[[list[bool | None], list[int]], Any]) -> str
             f"A judge that always says {constant} should score one half."
         )
     return "A judge that gives the same answer always scores one half."
+
+
+@exercise(
+    "08.5",
+    difficulty=2,
+    minutes=10,
+    teaches="A judge that may decline can look as good as it likes.",
+)
+def silenced(answer: Callable[[list[bool], list[int]], Any]) -> str:
+    """Answers of a coin, some withdrawn: usable ones nearly all right, all counted no better."""
+    generator = torch.Generator().manual_seed(12)
+    group = [g for g in range(1, 11) for _ in range(20)] + [0] * 200
+    said = (torch.rand(400, generator=generator) < 0.5).tolist()
+    given = answer(list(said), list(group))
+    if not isinstance(given, list) or len(cast("list[Any]", given)) != 400:
+        raise NotYet("Return a list with True, False or None for each of the 400 questions.")
+    kept = cast("list[bool | None]", given)
+    assert all(k is None or k == s for k, s in zip(kept, said, strict=True)), (
+        "An answer was changed. The judge may only decline: put None in its place."
+    )
+
+    def share(wanted: int, usable: bool) -> float:
+        mine = [k for k, g in zip(kept, group, strict=True) if g == wanted]
+        right = sum(k == (wanted > 0) for k in mine if k is not None)
+        asked = len([k for k in mine if k is not None]) if usable else len(mine)
+        assert asked, f"No usable answer is left in group {wanted}, so it has no score: keep some."
+        return right / asked
+
+    def score(usable: bool) -> float:
+        return (sum(share(g, usable) for g in range(1, 11)) / 10 + share(0, usable)) / 2
+
+    reported, counted = score(usable=True), score(usable=False)
+    assert any(k is None for k in kept), (
+        "Nothing was withdrawn, so the score is that of a coin. Which answers would you drop?"
+    )
+    assert reported > 0.9, (
+        f"The usable answers score {reported:.2f}, and more than nine tenths are asked for: "
+        "withdraw those that are wrong."
+    )
+    assert counted < 0.6, f"With all questions counted the score is {counted:.2f}: that is no coin."
+    return f"Reported: {reported:.2f}. With every question counted, the coin has {counted:.2f}."

@@ -166,3 +166,35 @@ def panels_agree(answer: Callable[..., Any]) -> str:
         "with the value over its own label."
     )
     return "One shared SAE is enough to catch it."
+
+
+@exercise(
+    "09.6", difficulty=3, minutes=12, teaches="Cross entropy asks only for the token that came."
+)
+def same_cost(answer: Callable[[Tensor, Tensor], Any]) -> str:
+    """Logits with the mean cross entropy of the original and a KL of at least one nat."""
+    generator = torch.Generator().manual_seed(6)
+    original = 3 * torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    target = torch.multinomial(original.softmax(-1), 1, generator=generator)[:, 0]
+    given = answer(original.clone(), target.clone())
+    if not isinstance(given, Tensor) or given.shape != original.shape:
+        raise NotYet("Return logits of the shape of the original's, [n, v].")
+    log_p, log_q = original.log_softmax(-1), given.double().log_softmax(-1)
+    assert bool(log_q.isfinite().all()), (
+        "A probability is zero, so a KL is infinite; keep every logit finite."
+    )
+    harm = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    before, after = (float(-one.gather(1, target[:, None]).mean()) for one in (log_p, log_q))
+    assert harm > 1e-9, (
+        "Those are the original's predictions: a constant added to the logits of a row changes "
+        "nothing. Move probability between tokens."
+    )
+    assert abs(after - before) < 1e-6, (
+        f"The cross entropy is {after:.4f} nats and the original's {before:.4f}: the token that "
+        "came must keep its probability."
+    )
+    assert harm >= 1, (
+        f"The KL is {harm:.2f} nats, and one is asked for: deal the probabilities of all the "
+        "tokens that did not come out anew."
+    )
+    return f"The whole loss is recovered, and the predictions are {harm:.1f} nats away."

@@ -95,9 +95,7 @@ def other_documents(answer: Callable[..., Any]) -> str:
     return "No row has a partner of its own document, in any order of the rows."
 
 
-@exercise(
-    "11.4", difficulty=2, minutes=8, teaches="With x and its reconstruction every error is known."
-)
+@exercise("11.4", difficulty=2, minutes=8, teaches="A perfect score can be arithmetic.")
 def perfect_help(answer: Callable[..., Any]) -> str:
     """Regressors that explain the nonlinear error of two different SAEs on unseen rows."""
     for seed in (6, 7):

@@ -132,3 +132,33 @@ def starting_power(answer: Callable[..., Any]) -> str:
             f"A curve that starts as t^{power:g} should give {power}."
         )
     return "An L2 curve has 1 and a KL curve 2, with or without a plateau."
+
+
+@exercise(
+    "12.5", difficulty=2, minutes=10, teaches="A mean of curves has the shape of none of them."
+)
+def hidden_plateaus(answer: Callable[[int, int], Any]) -> str:
+    """Every curve jumps at least half its height in one step; their mean is a straight line."""
+    for n, steps in ((100, 50), (60, 20)):
+        given = answer(n, steps)
+        if not isinstance(given, Tensor) or given.shape != (n, steps + 1):
+            raise NotYet(f"Return a tensor [{n}, {steps + 1}]: a row is a curve from step 0 on.")
+        curves = given.double()
+        assert bool((curves[:, 0] == 0).all()), "A distance from the base is zero at step 0."
+        assert bool((curves[:, -1] > 0).all()), (
+            "A curve ends at zero, and a relative curve is divided by its end."
+        )
+        assert bool((curves >= 0).all()), "A distance is never negative."
+        steepest, of_mean = max_slope(curves), float(max_slope(curves.mean(0)))
+        assert float(steepest.min()) >= steps / 2, (
+            f"A curve has a steepest slope of {float(steepest.min()):.1f}: it has no plateau that "
+            f"the mean could hide. A jump in one step has {steps}."
+        )
+        assert of_mean < steps / 2, (
+            "The mean jumps as its curves do: they all jump at the same step. Spread the jumps."
+        )
+        assert of_mean <= 1.1, (
+            f"The mean's steepest slope is {of_mean:.1f}, and a straight line has one: jump at "
+            "every step equally often, and equally high."
+        )
+    return "No plateau, says the mean. Every single curve is one."

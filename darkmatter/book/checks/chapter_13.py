@@ -128,3 +128,28 @@ def pairwise_cosine(answer: Callable[..., Any]) -> str:
         "Not the mean over pairs: sum the cosines off the diagonal, divide by k (k - 1)."
     )
     return "One number a token, and a recipe that does not control it shows."
+
+
+@exercise("13.5", difficulty=2, minutes=8, teaches="Equal distributions do not mean equal prompts.")
+def perfect_by_ks(answer: Callable[..., Any]) -> str:
+    """Values with a KS distance of nearly zero to the real ones, and no correlation with them."""
+    draws = torch.randn(300, generator=torch.Generator().manual_seed(13), dtype=torch.float64)
+    real = 30 + 12 * draws
+    given = answer(real.clone(), torch.Generator().manual_seed(0))
+    if not isinstance(given, Tensor) or given.shape != real.shape:
+        raise NotYet("Return one value for each prompt, a tensor [n].")
+    made = given.double()
+    assert not torch.equal(made, real), (
+        "Those are the real values in their own places: the recipe would be right, and no lie."
+    )
+    distance = float(ks_distance(real, made))
+    assert distance < 0.05, (
+        f"The KS distance is {distance:.2f}, and less than a twentieth is asked for: it is zero "
+        "for the same values in any order."
+    )
+    correlation = float(torch.corrcoef(torch.stack([real, made]))[0, 1])
+    assert abs(correlation) < 0.2, (
+        f"Prompt by prompt they correlate by {correlation:.2f}, so the recipe knows something: "
+        "deal the values out at random."
+    )
+    return f"KS {distance:.2f}, as good as real; correlation with the real ones {correlation:.2f}."

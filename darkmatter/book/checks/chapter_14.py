@@ -12,7 +12,13 @@ from torch.nn.functional import normalize
 
 from darkmatter.book.checks.common import alike, normal
 from darkmatter.book.exercises import NotYet, exercise
-from darkmatter.geometry import nearest_neighbours, neighbour_cosines, rms_cosine
+from darkmatter.geometry import (
+    covariance_matched,
+    nearest_neighbours,
+    neighbour_cosines,
+    random_neighbour_cosine,
+    rms_cosine,
+)
 
 
 @exercise(
@@ -147,3 +153,30 @@ def new_latents(answer: Callable[..., Any]) -> str:
     )
     assert torch.equal(given, right), "These are not the wide latents without a parent."
     return "Four children found, and an opposite is no child."
+
+
+@exercise("14.5", difficulty=3, minutes=12, teaches="Chance depends on the spread, not on d alone.")
+def seemingly_crowded(answer: Callable[..., Any]) -> str:
+    """Directions that look crowded beside isotropic chance, and not beside their own spread."""
+    m, d = 400, 32
+    given = answer(m, d, torch.Generator().manual_seed(0))
+    if not isinstance(given, Tensor) or given.shape != (m, d):
+        raise NotYet(f"Return a tensor [m, d], here [{m}, {d}].")
+    rows = normalize(given.double(), dim=1)
+    assert bool((rows.norm(dim=1) > 0).all()), "A direction is zero or not finite."
+
+    def nearest(directions: Tensor) -> float:
+        return float(nearest_neighbours(directions, 1).cosines.mean())
+
+    looks, chance = nearest(rows), random_neighbour_cosine(m, d)
+    assert looks >= 1.3 * chance, (
+        f"The nearest neighbour has a cosine of {looks:.2f}; the formula for random directions "
+        f"says {chance:.2f}, and a third more is asked for. Give some dimensions more variance."
+    )
+    control = nearest(covariance_matched(rows, 5))
+    # Two draws of 400 directions of one spread differ by two hundredths here.
+    assert looks < 1.08 * control, (
+        f"Directions of the same spread have {control:.2f}, you have {looks:.2f}: yours really are "
+        "crowded. Draw each one without a look at the others."
+    )
+    return f"{looks:.2f} against a chance of {chance:.2f}. With the same spread: {control:.2f}."

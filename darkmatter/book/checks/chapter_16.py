@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -142,3 +142,28 @@ def diagnosis(answer: Callable[..., Any]) -> str:
     )
     assert answer(0.5, 0.1) == "not read", "Attention of one half is not below one half."
     return "Large tokens are not found, small ones are not read."
+
+
+@exercise("16.5", difficulty=2, minutes=8, teaches="A cosine of logits sees what softmax does not.")
+def alike_by_cosine(answer: Callable[[int], Any]) -> str:
+    """Two rows of logits at a cosine near one whose predictions have nothing in common."""
+    vocabulary = 50
+    given = answer(vocabulary)
+    if not isinstance(given, tuple | list) or len(cast("list[Any]", given)) != 2:
+        raise NotYet("Return a pair of logits, each [v].")
+    one, two = (tensor_of(row, (vocabulary,)).double() for row in cast("list[Any]", given))
+    assert bool((one.isfinite() & two.isfinite()).all()), "Keep every logit finite."
+    p, q = one.log_softmax(0), two.log_softmax(0)
+    apart = float((p.exp() * (p - q)).sum())
+    assert int(one.argmax()) != int(two.argmax()), (
+        "Both predict the same token: there is no harm that the cosine could hide."
+    )
+    assert apart >= 5, (
+        f"The predictions are {apart:.2f} nats apart, and five are asked for: be more certain of "
+        "two different tokens."
+    )
+    cosine = float(torch.nn.functional.cosine_similarity(one, two, dim=0))
+    assert cosine > 0.99, (
+        f"The cosine is {cosine:.3f}, and 0.99 is asked for: add to both what softmax cannot see."
+    )
+    return f"A cosine of {cosine:.4f}, and {apart:.0f} nats between the predictions."

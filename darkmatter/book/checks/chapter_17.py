@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -133,3 +133,37 @@ def pooled_cosine(answer: Callable[..., Any]) -> str:
     assert abs(value - squared) > 1e-6, "Divide by the lengths, not by their squares."
     assert abs(value - right) < 1e-6, "Sum of all products over the product of the two lengths."
     return "Tokens with large errors decide, as they do in the FVU."
+
+
+@exercise(
+    "17.5", difficulty=3, minutes=10, teaches="Errors may agree on what neither SAE tried to learn."
+)
+def seemingly_alike(answer: Callable[..., Any]) -> str:
+    """Errors at a cosine near one that are independent once their common mean is gone."""
+    x = normal(5, 500, 8) + torch.linspace(-4, 4, 8, dtype=torch.float64)
+    given = answer(x.clone(), torch.Generator().manual_seed(1))
+    if not isinstance(given, tuple | list) or len(cast("list[Any]", given)) != 2:
+        raise NotYet("Return a pair of reconstructions, each [n, d].")
+    errors: list[Tensor] = []
+    for made in cast("list[Any]", given):
+        if not isinstance(made, Tensor) or made.shape != x.shape:
+            raise NotYet("Both reconstructions must have the shape of x, [n, d].")
+        errors.append(x - made.double())
+
+    def cosine(first: Tensor, second: Tensor) -> float:
+        return float((first * second).sum() / (first.norm() * second.norm()))
+
+    assert all(float(one.var(0).sum()) > 1e-6 for one in errors), (
+        "An error is the same for every token; two SAEs miss at least something of their own."
+    )
+    together = cosine(*errors)
+    alone = cosine(*(one - one.mean(0) for one in errors))
+    assert together > 0.9, (
+        f"The errors have a cosine of {together:.2f}, and more than nine tenths are asked for: let "
+        "both miss the same constant vector."
+    )
+    assert abs(alone) < 0.1, (
+        f"Without their means the errors have a cosine of {alone:.2f}: they do miss the same of "
+        "each token. Draw what varies for each of them apart."
+    )
+    return f"A cosine of {together:.2f}; without the means {alone:.2f}."

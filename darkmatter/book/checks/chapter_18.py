@@ -110,7 +110,7 @@ def mean_norm_interval(answer: Callable[..., Any]) -> str:
     return f"({low:.2f} to {high:.2f}); from tokens it would seem {width / tokens:.0f} times surer."
 
 
-@exercise("18.4", difficulty=1, minutes=6, teaches="Moments do not grow with tokens.")
+@exercise("18.4", difficulty=1, minutes=6, teaches="What a survey has to keep in memory.")
 def moment_bytes(answer: Callable[..., Any]) -> str:
     """8 d^2 (1 + S)."""
     given, right = float(answer(4096, 6)), 8 * 4096**2 * 7

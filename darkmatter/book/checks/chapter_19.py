@@ -83,9 +83,7 @@ def fair_split(answer: Callable[..., Any]) -> str:
     return "No document on both sides, another deal for another generator."
 
 
-@exercise(
-    "19.4", difficulty=3, minutes=12, teaches="Nonlinear FVU falls with the square of a gain."
-)
+@exercise("19.4", difficulty=3, minutes=12, teaches="A score that can be bought with a gain.")
 def looks_better(answer: Callable[..., Any]) -> str:
     """Half the nonlinear FVU, at a larger FVU."""
     x = normal(3, 4000, 8) * torch.linspace(0.5, 2, 8) + 3

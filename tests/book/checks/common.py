@@ -57,3 +57,37 @@ def refused(exercise: str, answer: Callable[..., Any], message: str) -> None:
     """The check of an exercise refuses this answer, with words that match `message`."""
     with pytest.raises(book.NotYet, match=message):
         book.check(exercise, answer)
+
+
+def messages_proven(module: Path) -> dict[str, set[str]]:
+    """{exercise: messages} of the wrong answers that a module of tests proves to be refused.
+
+    Read off its calls `refused(exercise, answer, message)` and its lists of (answer, message), the
+    parameters of a test that writes the exercise out, or of (exercise, answer, message).
+    """
+    found: dict[str, set[str]] = {}
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    for test in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+        listed = [row[-1] for one in test.decorator_list for row in _rows(one) if len(row) == 2]
+        for node in ast.walk(test):
+            match node:
+                case ast.Call(
+                    func=ast.Name("refused"), args=[ast.Constant(str(exercise)), _, message]
+                ):
+                    found.setdefault(exercise, set()).update(_texts([message, *listed]))
+    for row in _rows(tree):
+        if len(row) == 3:
+            found.setdefault("".join(_texts(row[:1])), set()).update(_texts(row[-1:]))
+    return found
+
+
+def _rows(tree: ast.AST) -> Iterator[list[ast.expr]]:
+    """Tuples that stand in a list."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.List):
+            yield from (one.elts for one in node.elts if isinstance(one, ast.Tuple))
+
+
+def _texts(nodes: list[ast.expr]) -> list[str]:
+    constants = [one.value for one in nodes if isinstance(one, ast.Constant)]
+    return [one for one in constants if isinstance(one, str)]

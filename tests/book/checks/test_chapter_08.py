@@ -112,3 +112,18 @@ def accuracy(said: list[Any], group: list[int]) -> float:
 )
 def test_balanced_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
     refused("08.4", answer, message)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda said, group: said, "Nothing was withdrawn"),
+        (lambda said, group: [g > 0 for g in group], "may only decline"),
+        (lambda said, group: [None] * len(said), "No usable answer is left in group 1"),
+        (lambda said, group: [s if s else None for s in said], "left in group 0|withdraw those"),
+        (lambda said, group: [None, *said[1:]], "withdraw those that are wrong"),
+        (lambda said, group: said[:5], "each of the 400"),
+    ],
+)
+def test_silenced_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
+    refused("08.5", answer, message)

@@ -86,3 +86,24 @@ def test_catching_moved_labels() -> None:
         lambda l0, v, labels, values: min(abs(w - v) for w in values) < 1e-6,
         "compare it with the value over its own label",
     )
+
+
+def other_tokens_mixed(original: Tensor, target: Tensor) -> Tensor:
+    others = torch.ones_like(original, dtype=torch.bool).scatter(1, target[:, None], False)
+    log_p = original.log_softmax(-1)
+    rest = log_p[others].view(len(log_p), -1)
+    mixed = log_p.clone()
+    level = rest.logsumexp(1, keepdim=True) - torch.tensor(float(rest.shape[1])).log()
+    mixed[others] = (0.9 * rest + 0.1 * level).flatten()
+    lost = mixed[others].view(len(log_p), -1).logsumexp(1) - rest.logsumexp(1)
+    mixed[others] -= lost.repeat_interleave(rest.shape[1])
+    return mixed
+
+
+def test_same_cost_but_another_prediction() -> None:
+    refused("09.6", lambda o, t: o, "Those are the original's predictions")
+    refused("09.6", lambda o, t: o + 7, "Move probability between tokens")
+    refused("09.6", lambda o, t: o.roll(1, 1), "the token that came must keep its probability")
+    refused("09.6", other_tokens_mixed, "deal the probabilities of all the tokens")
+    refused("09.6", lambda o, t: torch.full_like(o, -torch.inf).index_fill(1, t[:1], 0.0), "finite")
+    refused("09.6", lambda o, t: o[0], "logits of the shape")

@@ -101,3 +101,27 @@ def test_steepest_relative_slope_typical_mistakes(answer: Callable[..., Any], me
 )
 def test_starting_power_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
     refused("12.4", answer, message)
+
+
+def jumps(at: Tensor, steps: int) -> Tensor:
+    return (torch.arange(steps + 1) >= at[:, None]).double()
+
+
+def at_random(n: int, steps: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return jumps(1 + torch.randint(steps, (n,), generator=generator), steps)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda n, s: torch.linspace(0, 1, s + 1).expand(n, -1), "no plateau that"),
+        (lambda n, s: jumps(torch.full((n,), s // 2), s), "at the same step"),
+        (at_random, "equally often"),
+        (lambda n, s: jumps(torch.arange(n) % s, s), "zero at step 0"),
+        (lambda n, s: 0 * jumps(torch.ones(n), s), "ends at zero"),
+        (lambda n, s: jumps(1 + torch.arange(n) % s, s).mean(0), "a row is a curve"),
+    ],
+)
+def test_hidden_plateaus_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
+    refused("12.5", answer, message)

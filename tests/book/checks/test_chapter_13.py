@@ -106,3 +106,17 @@ def test_ks_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
 )
 def test_pairwise_cosine_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
     refused("13.4", answer, message)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda real, g: real, "in their own places"),
+        (lambda real, g: real.mean() + 0 * real, "same values in any order"),
+        (lambda real, g: torch.randn(300, generator=g), "same values in any order"),
+        (lambda real, g: real + 0.1, "knows something"),
+        (lambda real, g: real[:10], "one value for each prompt"),
+    ],
+)
+def test_perfect_by_ks_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
+    refused("13.5", answer, message)

@@ -115,3 +115,22 @@ def test_active_typical_mistakes(answer: Callable[..., Any], message: str) -> No
 )
 def test_new_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
     refused("14.4", answer, message)
+
+
+def twins(m: int, d: int, generator: torch.Generator) -> Tensor:
+    first = torch.randn(m // 2, d, generator=generator)
+    return torch.cat([first, first + 0.1 * torch.randn(m // 2, d, generator=generator)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda m, d, g: torch.randn(m, d, generator=g), "more variance"),
+        (lambda m, d, g: 7 * torch.randn(m, d, generator=g), "a third more is asked for"),
+        (twins, "really are crowded"),
+        (lambda m, d, g: torch.zeros(m, d), "zero or not finite"),
+        (lambda m, d, g: torch.randn(d, m, generator=g), r"a tensor \[m, d\]"),
+    ],
+)
+def test_seemingly_crowded_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
+    refused("14.5", answer, message)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests.book.checks.common import refused
@@ -82,3 +83,28 @@ def test_flip_typical_mistakes(answer: Callable[..., Any], message: str) -> None
 )
 def test_bias_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
     refused("15.4", answer, message)
+
+
+def halved(x: Tensor) -> Tensor:
+    return x.mean(0) + 0.5 * (x - x.mean(0))
+
+
+def few_left_out(x: Tensor) -> Tensor:
+    kept = x.clone()
+    kept[:, 0] = x[:, 0].mean()
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: x, "x itself"),
+        (halved, "length really is wrong"),
+        (lambda x: torch.cat([x[:, :4], 0 * x[:, 4:]], 1), "at their mean"),
+        (few_left_out, "leave more of x out"),
+        (lambda x: x.mean(0).expand_as(x), "cannot be stretched"),
+        (lambda x: x[:, 0], "one reconstruction for each row"),
+    ],
+)
+def test_falsely_shrunken_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
+    refused("15.5", answer, message)

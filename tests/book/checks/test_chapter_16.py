@@ -113,3 +113,21 @@ def test_nats_typical_mistakes(answer: Callable[..., Any], message: str) -> None
 )
 def test_diagnosis_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
     refused("16.4", answer, message)
+
+
+def certain(vocabulary: int, token: int, size: float = 20.0) -> Tensor:
+    return size * (torch.arange(vocabulary) == token).double()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda v: (certain(v, 1), certain(v, 1)), "the same token"),
+        (lambda v: (certain(v, 1), certain(v, 2)), "what softmax cannot see"),
+        (lambda v: (1000 + certain(v, 1, 1.0), 1000 + certain(v, 2, 1.0)), "more certain"),
+        (lambda v: (certain(v, 1, torch.inf), certain(v, 2)), "finite"),
+        (lambda v: certain(v, 1), "a pair of logits"),
+    ],
+)
+def test_cosine_of_logits_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
+    refused("16.5", answer, message)

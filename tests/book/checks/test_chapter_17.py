@@ -120,3 +120,28 @@ def test_pursuit_typical_mistakes(answer: Callable[..., Any], message: str) -> N
 )
 def test_cosine_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
     refused("17.4", answer, message)
+
+
+def shared(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return noise, noise.clone()
+
+
+def apart(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    first, second = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2))
+    return x + first, x + second
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (apart, "the same constant vector"),
+        (shared, "apart"),
+        (lambda x, g: (0 * x, 0 * x), "do miss the same"),
+        (lambda x, g: (x - x.mean(0), x - x.mean(0)), "the same for every token"),
+        (lambda x, g: x, "a pair of reconstructions"),
+        (lambda x, g: (x[:3], x[:3]), "the shape of x"),
+    ],
+)
+def test_seemingly_alike_typical_mistakes(answer: Callable[..., Any], message: str) -> None:
+    refused("17.5", answer, message)

@@ -31,7 +31,10 @@ _STYLE = (
     "overflow-wrap:anywhere}"
     ".latent code{white-space:pre-wrap;background:var(--panel,#8882);padding:0 .15em}"
     ".latent dl{display:grid;grid-template-columns:auto 1fr;gap:.2em 1em}.latent dd{margin:0}"
+    ".latent iframe{width:100%;height:32rem;border:1px solid #8884;border-radius:4px}"
 )
+# Its pages are at the first; the second is where it sends on from or to.
+_HOSTS = "https://www.neuronpedia.org https://neuronpedia.org"
 
 
 def fragment(one: LatentPage) -> str:
@@ -49,7 +52,8 @@ def pages(found: Mapping[int, LatentPage]) -> dict[str, str]:
         links = "".join(f' · <a href="{_file(j)}">{word}</a>' for word, j in around)
         nav = f'<nav aria-label="Latents"><a href="index.html">all latents</a>{links}</nav>'
         body = f'{nav}<div class="latent">{_body(one, names)}</div>'
-        files[_file(latent)] = page(f"Latent {latent} of {one.hook}", body, _STYLE)
+        frames = _HOSTS if one.neuronpedia else ""
+        files[_file(latent)] = page(f"Latent {latent} of {one.hook}", body, _STYLE, frames)
     return files
 
 
@@ -78,6 +82,7 @@ def _body(one: LatentPage, linked: frozenset[int]) -> str:
         f"<dl><dt>active on</dt><dd>{percent(one.frequency)} of {one.n_tokens:,} tokens</dd>"
         f"<dt>largest</dt><dd>{_three(one.largest)}</dd>"
         f"<dt>mean where active</dt><dd>{_three(one.mean)}</dd></dl>",
+        _hosted(one),
     ]
     if not one.bands["top"]:
         parts.append("<p>It is not active on any of these tokens.</p>")
@@ -91,6 +96,27 @@ def _body(one: LatentPage, linked: frozenset[int]) -> str:
             rows = "".join(_row(example, one.largest) for example in examples)
             parts.append(f'<h2>{title}</h2><ul class="examples">{rows}</ul>')
     return "\n".join(part for part in parts if part)
+
+
+def _hosted(one: LatentPage) -> str:
+    """Neuronpedia's page in a frame, by its embed address (docs.neuronpedia.org, "Embeds").
+
+    The frame has a name and no address: a link puts one into it, so that nothing is asked of
+    another site before a click, in any browser and without script.
+    """
+    if not one.neuronpedia:
+        return ""
+    name = f"neuronpedia-{one.latent}"
+    return (
+        "<details><summary>Neuronpedia's page, here</summary>"
+        f'<p><a href="{escape(one.neuronpedia)}?embed=true" target="{name}" '
+        'referrerpolicy="no-referrer">Load it from www.neuronpedia.org into the frame</a>. '
+        "Before that, nothing is loaded from there. Without a network the frame stays without it; "
+        "the rest of this page needs none.</p>"
+        f'<iframe name="{name}" title="Latent {one.latent} on Neuronpedia" '
+        'referrerpolicy="no-referrer" sandbox="allow-scripts allow-same-origin allow-popups '
+        'allow-popups-to-escape-sandbox"></iframe></details>'
+    )
 
 
 def _histogram(one: LatentPage) -> str:

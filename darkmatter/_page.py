@@ -68,14 +68,18 @@ def readable_name(name: str) -> str:
     return next((p for p in reversed(Path(name).parts) if p not in ("model", "data")), name)
 
 
-def page(title: str, body: str, style: str = "") -> str:
-    """A whole page. `title` is plain text, `body` HTML, `style` more rules of CSS."""
+def page(title: str, body: str, style: str = "", frames: str = "") -> str:
+    """A whole page. `title` is plain text, `body` HTML, `style` more rules of CSS.
+
+    `frames`: sites that a frame of the page may show once the reader asks for it.
+    """
+    framed = f"; frame-src {frames}" if frames else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         # Nothing is fetched, even if a file is altered on its way.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'; img-src data:\">\n"
+        f"style-src 'unsafe-inline'; img-src data:{framed}\">\n"
         f"<title>{escape(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )

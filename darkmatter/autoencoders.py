@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
+import tokenize
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
@@ -26,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from darkmatter._files import CorruptFile, verify_safetensors, verify_sha256
+from darkmatter._files import CorruptFile, understood, verify_safetensors, verify_sha256
 from darkmatter._refusal import Refusal
 from darkmatter.leastsquares import LinearMap
 from darkmatter.models import Model
@@ -67,6 +69,9 @@ _AFFINE_DECODERS = {
 }
 # The files of an SAE: of sae-lens, and of Gemma Scope.
 _CONFIG, _WEIGHTS, _PARAMETERS = "cfg.json", "sae_weights.safetensors", "params.npz"
+_WHOLE_NPZ = "a whole .npz file"
+# Weights are random enough that none packs to a hundredth; what tells of more would fill memory.
+_MOST_PACKED = 100
 # Codes of single latents that are decoded at a time: this many numbers (64 MiB of float32).
 _UNIT_CODES = 1 << 24
 # Their codes depend on the other tokens of the batch.
@@ -105,8 +110,10 @@ def load_autoencoder(path: str | Path, device: str = "cpu", sha256: str | None =
 
     try:
         sae = SAE.load_from_disk(folder, device=device, dtype="float32")
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        first = str(error).strip().split("\n")[0]
+        if not isinstance(getattr(sae.cfg, "apply_b_dec_to_input", True), bool):
+            raise TypeError("apply_b_dec_to_input is no truth value")
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        first = str(error).strip().split("\n")[0][:300]
         raise Refusal(
             f"sae-lens cannot open {folder} ({type(error).__name__}: {first}); its config and "
             "weights must be those of one of sae-lens' inference architectures."
@@ -123,10 +130,8 @@ def _config_of(folder: Path) -> dict[str, Any]:
                 "sae-lens' save_model and save_inference_model write it."
             )
     verify_safetensors(folder / _WEIGHTS)
-    try:
-        return json.loads((folder / _CONFIG).read_text())
-    except ValueError as error:
-        raise CorruptFile(f"{folder / _CONFIG} is not JSON ({error}); restore the file.") from error
+    with understood(folder / _CONFIG, "JSON of a config, an object"):
+        return dict(json.loads((folder / _CONFIG).read_text()))
 
 
 def hook_of(sae: Autoencoder) -> str:
@@ -613,7 +618,8 @@ def _folder(config: Path, device: str) -> _Source:
     folder = config.parent
     known = _config_of(folder)
     # Before version 6 of sae-lens what is metadata now stood beside the rest.
-    metadata: dict[str, Any] = {**known, **known.get("metadata", {})}
+    with understood(config, "a config of sae-lens"):
+        metadata: dict[str, Any] = {**known, **(known.get("metadata") or {})}
     with safe_open(str(folder / _WEIGHTS), framework="numpy") as weights:
         slices = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118
         kinds = {key: str(one.get_dtype()) for key, one in slices.items()}
@@ -643,7 +649,7 @@ def _refuse_transcoder(where: str, config: Mapping[str, Any], d_out: int) -> Non
     other = written is not None and written != config.get("hook_name")
     if other or "transcoder" in str(config.get("architecture")) or config.get("d_in") != d_out:
         raise Refusal(
-            f"{where} reads width {config.get('d_in')} and writes width {d_out}"
+            f"{where} reads width {str(config.get('d_in'))[:40]} and writes width {d_out}"
             f"{f' at {written}' if other else ''} ({config.get('architecture')}), expected an "
             "autoencoder, which writes what it reads; pass an SAE."
         )
@@ -718,51 +724,46 @@ def _npz_arrays(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Older files have a small w.
     """
     arrays: dict[str, tuple[str, tuple[int, ...]]] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                with archive.open(member) as stream:
-                    version = np.lib.format.read_magic(stream)
-                    read = (
-                        np.lib.format.read_array_header_1_0
-                        if version == (1, 0)
-                        else np.lib.format.read_array_header_2_0
-                    )
+    with understood(path, _WHOLE_NPZ), zipfile.ZipFile(path) as archive:
+        declared = 0
+        for info in archive.infolist():
+            member = info.filename
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{member} is packed in another way than numpy does")
+            with archive.open(info) as stream:
+                version = np.lib.format.read_magic(stream)
+                read = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                try:
                     shape, _, dtype = read(stream)
-                name = member.removesuffix(".npy")
-                if dtype.kind != "f":
-                    raise Refusal(
-                        f"{name} of {path} is of {dtype}, expected floating-point numbers; nothing "
-                        "else is read, and pickled objects never."
-                    )
-                arrays[re.sub("^w_", "W_", name)] = (name, shape)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError) as error:
-        raise _damaged(path, error) from error
-    except ValueError as error:
-        if isinstance(error, Refusal):
-            raise
-        raise _damaged(path, error) from error
+                except tokenize.TokenError as error:  # codespell:ignore
+                    raise ValueError(f"the header of {member} is none") from error
+            name = member.removesuffix(".npy")
+            if dtype.kind != "f":
+                raise Refusal(
+                    f"{name[:80]} of {path} is of {str(dtype)[:80]}, expected floating-point "
+                    "numbers; nothing else is read, and pickled objects never."
+                )
+            arrays[re.sub("^w_", "W_", name)] = (name, tuple(shape))
+            declared += math.prod(shape) * dtype.itemsize
+        if declared > _MOST_PACKED * path.stat().st_size:
+            raise ValueError(f"it tells of {declared} bytes")
     return arrays
-
-
-def _damaged(path: Path, error: Exception) -> CorruptFile:
-    return CorruptFile(
-        f"{path} is not a whole .npz file ({error}); restore the file (download it again)."
-    )
 
 
 def _open_npz(path: Path, hook: str, device: str) -> Any:
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
     from sae_lens.saes.sae import SAEMetadata
 
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            weights = {
-                name: torch.from_numpy(stored[key]).to(device, torch.float32)
-                for name, (key, _) in _npz_arrays(path).items()
-            }
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
-        raise _damaged(path, error) from error
+    with understood(path, _WHOLE_NPZ), np.load(path, allow_pickle=False) as stored:
+        weights = {
+            # Some of its types are none of torch's.
+            name: torch.from_numpy(stored[key].astype(np.float32, copy=False)).to(device)
+            for name, (key, _) in _npz_arrays(path).items()
+        }
     d_in, d_sae = weights["W_enc"].shape
     config = JumpReLUSAEConfig(
         d_in=d_in,

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darkmatter._files import CorruptFile, replacing, verify_safetensors
+from darkmatter._files import CorruptFile, replacing, understood, verify_safetensors
 from darkmatter._refusal import Refusal
 from darkmatter.activations import Tokens
 from darkmatter.models import Model
@@ -38,6 +38,7 @@ Document = tuple[str, str]
 
 _BLOCK = 1 << 20  # bytes of a plain file, or characters of a row, at a time
 _PIECE = 1 << 16  # characters that are tokenised as one
+_LONGEST_LINE = 1 << 28  # bytes of a line of JSON, which is in memory whole: packed, it is small
 _AHEAD = 1 << 18  # characters that are read before they are tokenised together
 _CONTEXT = 256
 
@@ -253,24 +254,29 @@ def read_tokens(path: str | os.PathLike[str], split: str | None = None) -> Token
         found = {key: stored.get_tensor(key) for key in wanted}
         listed: str | None = (stored.metadata() or {}).get("names")
     for key, tensor in found.items():
-        if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.numel() == 0:
+        other = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+        if other or tensor.numel() == 0 or tensor.ndim != (2 if key.endswith("tokens") else 1):
             raise Refusal(
                 f"{key!r} in {file} is {tuple(tensor.shape)} of {tensor.dtype}, expected integers, "
-                "and some; save token ids (darkmatter.documents.save_tokens)."
+                "and some: tokens [contexts, positions] and document [contexts]; save token ids "
+                "(darkmatter.documents.save_tokens)."
             )
     if len({found[key].shape[1:] for key in wanted[::2]}) > 1:
         raise Refusal(f"The splits of {file} have contexts of different lengths; name a split.")
     tokens, document = (torch.cat([found[key].long() for key in wanted[i::2]]) for i in range(2))
     beside = file.with_name("documents.json")
-    if listed is None and beside.is_file():
-        listed = beside.read_text(encoding="utf-8")
-    try:
-        names: list[str] | None = None if listed is None else json.loads(listed)
-    except ValueError as error:
-        raise CorruptFile(f"The names of {file} are not JSON ({error}); restore them.") from error
-    if names is None:
-        names = [f"document {i}" for i in range(int(document.max()) + 1)]
-    return Tokens(tokens, document, tuple(names))
+    where = file if listed is not None else beside
+    with understood(where, "a list of names, as it is not JSON of that kind"):
+        if listed is None and beside.is_file():
+            listed = beside.read_text(encoding="utf-8")
+        if listed is not None:
+            names: Any = json.loads(listed)
+            if not isinstance(names, list):
+                raise ValueError(f"it holds {type(names).__name__}")
+            return Tokens(tokens, document, tuple(str(name) for name in names))  # type: ignore[reportUnknownVariableType]
+    # Those that occur: a number may be larger than any list of names.
+    known, document = document.unique(return_inverse=True)
+    return Tokens(tokens, document, tuple(f"document {i}" for i in known.tolist()))
 
 
 def save_tokens(tokens: Tokens, path: str | os.PathLike[str]) -> None:
@@ -388,7 +394,12 @@ def _json_lines(file: Path, column: str) -> Iterator[Any]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")
     offset = 0
     with _opened(file) as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE), b""), 1):
+            if len(line) == _LONGEST_LINE:
+                raise Refusal(
+                    f"Line {number} of {file} has {_LONGEST_LINE} bytes or more, expected a "
+                    "document a line; cut it up, or name it a plain text file."
+                )
             text = _decoded(file, decoder(), line, offset, final=True)
             offset += len(line)
             if not text.strip():
@@ -417,7 +428,7 @@ def _parquet(file: Path, column: str) -> Iterator[Any]:
                 raise Refusal(_no_column(str(file), column, table.schema_arrow.names))
             for batch in table.iter_batches(batch_size=256, columns=[column]):
                 yield from batch.column(0).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         first = str(error).split("\n")[0]
         raise CorruptFile(
             f"{file} is not a whole parquet file ({first}); restore it (download it again)."

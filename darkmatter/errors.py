@@ -27,6 +27,7 @@ from darkmatter.leastsquares import (
     float64_blocks,
     is_constant,
     paired_rows,
+    refuse_overflow,
 )
 
 
@@ -103,9 +104,11 @@ def scalar_share(x: Float[Tensor, "n d"], error: Float[Tensor, "n d"]) -> float:
         xe += (block * block_error).sum(0)
         ee += block_error.square().sum(0)
     for name, tss, mean in (("x", xx, mean_x), ("error", ee, mean_error)):
+        refuse_overflow(name, tss.sum())
         if is_constant(tss, mean, len(x)).all():
             raise Refusal(
                 f"{name} is the same in all {len(x)} rows, expected rows that vary, as R2 is a "
                 "share of the variance; pass more than one distinct row."
             )
-    return float(xe.sum().square() / (xx.sum() * ee.sum()))
+    # Two ratios, as the product of two sums of squares may leave the range of float64.
+    return float((xe.sum() / xx.sum()) * (xe.sum() / ee.sum()))

@@ -36,6 +36,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from darkmatter._files import understood
 from darkmatter._refusal import Refusal
 from darkmatter.intervals import Interval, bootstrap, document_sums
 from darkmatter.sparse import SparseCode
@@ -491,7 +492,10 @@ class EndpointJudge:
                     ],
                 )
             except openai.APIStatusError as error:
-                raise UnusableReply(_FAULTS.get(str(error.code), "failed")) from error
+                fault = _FAULTS.get(str(error.code), "failed")
+                # Some servers repeat the key that they refuse, and tracebacks go into logs.
+                told = None if client.api_key in str(error) else error
+                raise UnusableReply(fault) from told
             except (openai.OpenAIError, OSError, ValueError) as error:
                 # ValueError: the body was no JSON.
                 chain = (error, error.__cause__)
@@ -557,9 +561,15 @@ class LocalJudge:
             )
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        # Weights are safetensors; code that comes with a model is never run.
+        with understood(folder, "a model in Hugging Face format"):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         self._model = model.to(device).eval()
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self._device, self._timeout = device, timeout
         self._at_once, self._max_tokens = at_once, max_tokens
 

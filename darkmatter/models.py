@@ -800,6 +800,8 @@ def load_transformers(folder: Path, device: str, dtype: torch.dtype) -> Any:
             attn_implementation="eager",
             local_files_only=True,
             use_safetensors=True,
+            # Nor is anything asked: code that comes with a model is never run.
+            trust_remote_code=False,
             output_loading_info=True,
         )
     network, report = loaded
@@ -877,7 +879,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     with _named(folder):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 @contextmanager

@@ -130,15 +130,22 @@ def _signal(
         )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     signal, atoms = x.to(dtype), atoms.to(x.device, dtype)
-    if bias is None:
-        return signal, atoms
-    offset = finite_rows("bias", bias)
-    if bias.ndim != 1 or len(offset) != x.shape[1]:
+    if bias is not None:
+        offset = finite_rows("bias", bias)
+        if bias.ndim != 1 or len(offset) != x.shape[1]:
+            raise Refusal(
+                f"bias has shape {list(bias.shape)}, expected [{x.shape[1]}], the width of x; pass "
+                "what the decoder adds, such as b_dec."
+            )
+        signal = signal - offset[:, 0].to(signal)
+    # |g D| of a step is as large as |x| |D|^2, and is squared.
+    longest = [float(rows.norm(dim=1).amax()) if len(rows) else 0.0 for rows in (signal, atoms)]
+    if not longest[0] * longest[1] * longest[1] < torch.finfo(dtype).max ** 0.5 / len(atoms):
         raise Refusal(
-            f"bias has shape {list(bias.shape)}, expected [{x.shape[1]}], the width of x; pass "
-            "what the decoder adds, such as b_dec."
+            f"rows of x are up to {longest[0]:.2g} long and atoms up to {longest[1]:.2g}, whose "
+            f"products overflow {dtype}; divide x or the dictionary by a number, or pass float64."
         )
-    return signal - offset[:, 0].to(signal), atoms
+    return signal, atoms
 
 
 def _steps(l0: Any, n: int, m: int) -> Int64[Tensor, "n"]:

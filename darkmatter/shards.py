@@ -261,8 +261,8 @@ def description_in(path: Path) -> dict[str, Any]:
             raise ValueError(f"its numbers are {numbers}")
         # As UTF-8 can write them: some are names of files.
         "".join(words).encode()
-        if not isinstance(settings["downstream"], bool):
-            raise ValueError(f"downstream is {settings['downstream']!r}")
+        if not isinstance(settings["downstream"], bool) or not found["saes"]:
+            raise ValueError("it has no SAE, or downstream is no truth value")
     return found
 
 

@@ -41,6 +41,8 @@ from darkmatter.errors import split_error
 from darkmatter.leastsquares import finite_rows, fvu
 from darkmatter.sparse import SparseCode
 
+# What is larger, or one over it, leaves the range of float64 when it is multiplied.
+_LARGEST = 1e150
 Values = Literal["constant", "uniform", "half-normal", "exponential", "lognormal"]
 Geometry = Literal["orthonormal", "random", "correlated"]
 Rarity = Literal["value", "frequency"]
@@ -96,15 +98,20 @@ class PlantedRecipe:
         for name in ("overlap", "shrinkage", "misses"):
             _between_0_and_1(name, getattr(self, name))
         for name in ("weight_noise", "false_positives"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= getattr(self, name) < _LARGEST**0.5:
                 raise Refusal(
-                    f"{name}={getattr(self, name)}, expected a finite number of at least 0; 0 "
-                    "leaves it out."
+                    f"{name}={getattr(self, name)}, expected a finite number of at least 0, and "
+                    "of a finite square; 0 leaves it out."
                 )
         if self.geometry == "orthonormal" and self.n_features > self.d_model:
             raise Refusal(
                 f"{self.n_features} features in {self.d_model} dimensions, expected at most "
                 f'{self.d_model} for orthonormal ones; take fewer or geometry="random".'
+            )
+        if self.geometry == "correlated" and self.d_model < 2:
+            raise Refusal(
+                "correlated features in 1 dimension are one, expected d_model of at least 2; raise "
+                "it."
             )
         if self.learned is not None and not 0 <= self.learned <= self.n_features:
             raise Refusal(
@@ -116,6 +123,8 @@ class PlantedRecipe:
 
     def _check_frequencies(self) -> None:
         p = self.p
+        if len(p) == 0:
+            raise Refusal(f"frequencies is empty, expected {self.n_features}; give one a feature.")
         if len(p) != self.n_features or not bool(((p >= 0) & (p <= 1)).all()):
             raise Refusal(
                 f"the {len(p)} frequencies run from {float(p.min()):.3g} to {float(p.max()):.3g}, "
@@ -400,12 +409,12 @@ class Planted:
             )
         x, x_hat = self.x[fitted:], self.x_hat[fitted:]
         split = split_error(self.x[:fitted], self.x_hat[:fitted], x, x_hat)
+        nonlinear = fvu(x, x_hat + split.linear)
         error, total = self.error[fitted:], float((x - x.mean(0)).square().sum())
         parts = {
             name: float((cast("Tensor", getattr(self, name))[fitted:] * error).sum()) / total
             for name in ("absent", "dense", "shrinkage", "introduced")
         }
-        nonlinear = fvu(x, x_hat + split.linear)
         return Shares(**parts, linear=fvu(x, x_hat) - nonlinear, nonlinear=nonlinear)
 
 
@@ -422,8 +431,9 @@ def value_moments(values: Values, sigma: float | int = 1.0) -> Float64[Tensor, "
     that is not positive.
     """
     _known("values", values, get_args(Values))
-    if values == "lognormal" and not 0 < sigma < math.inf:
-        raise Refusal(f"sigma={sigma}, expected a positive finite number; 0.5 is mild, 1 is wide.")
+    # exp(10 sigma^2), the product of its second and fourth moment, is a float up to 8.4.
+    if values == "lognormal" and not 0 < sigma <= 8:
+        raise Refusal(f"sigma={sigma}, expected a positive number up to 8; 0.5 is mild, 1 is wide.")
     orders = range(1, 5)
     match values:
         case "constant":
@@ -643,10 +653,10 @@ def planted_noise(
     variance = _noise_variance(level, kind, unit, level_is)
     x = finite_rows("x", x)
     centred = x.double() - x.double().mean(0)
-    if len(x) < 2 or not float(centred.square().sum()) > 0:
+    if len(x) < 2 or not 1 / _LARGEST < float(centred.square().sum()) < _LARGEST:
         raise Refusal(
-            f"x is {list(x.shape)} and does not vary, expected at least two different rows; pass "
-            "activations of several tokens."
+            f"x is {list(x.shape)} and does not vary, or out of the range of squares in float64, "
+            "expected at least two different rows; pass activations of several tokens."
         )
     generator = torch.Generator().manual_seed(seed)
     match kind:
@@ -728,8 +738,11 @@ def expected_shares(
         )
     noise, total = activation_noise.double(), signal.double() + activation_noise.double()
     variance = float(total.trace())
-    if not variance > 0:
-        raise Refusal("signal and noise do not vary, expected some variance; pass activations.")
+    if not 1 / _LARGEST < variance < _LARGEST:
+        raise Refusal(
+            f"signal and noise do not vary, or out of the range of float64 (their variance is "
+            f"{variance:g}), expected some variance; pass activations."
+        )
     explaining = cross + noise
     # The activation may leave directions empty, so the inverse is that on its span.
     inverse = torch.linalg.pinv(total, hermitian=True)
@@ -746,4 +759,8 @@ def _noise_variance(level: float | int, kind: str, unit: float | int, level_is: 
     for name, given in (("level", level), ("unit", unit)):
         if not 0 <= given < math.inf:
             raise Refusal(f"{name}={given}, expected a finite number of at least 0; 0 is no noise.")
-    return float(level) ** (2 if level_is == "std" else 1) * float(unit) ** 2
+    level, unit = float(level), float(unit)
+    variance = level * (level if level_is == "std" else 1) * unit * unit
+    if not variance <= _LARGEST:
+        raise Refusal(f"level={level} and unit={unit} make too large a noise; lower one of them.")
+    return variance

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, Tag
 
+from darkmatter import _latent_html
 from darkmatter._refusal import Refusal
 from darkmatter.activations import Batch, Tokens
 from darkmatter.latents import (
@@ -320,12 +322,29 @@ def written(
     return write_latents(tiny_model, sae, documents, folder, [3, 7, 12], SKIP, 4, error_map)
 
 
+def only_asked_for(fold: Tag, soup: BeautifulSoup, address: str) -> None:
+    """A closed fold whose frame has no address of its own: only its link puts one there."""
+    assert "open" not in fold.attrs
+    assert {one.name for one in fold.find_all(True)} == {"summary", "p", "a", "iframe"}
+    assert "Without a network" in fold.text
+    assert fold.a["href"] == address + "?embed=true"
+    assert fold.a["target"] == fold.iframe["name"]
+    assert set(fold.iframe.attrs) == {"name", "title", "referrerpolicy", "sandbox"}
+    # The framed page may not send the reader's page elsewhere.
+    assert "allow-top-navigation" not in str(fold.iframe["sandbox"])
+    policy = soup.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
+    assert policy.endswith("; frame-src https://www.neuronpedia.org https://neuronpedia.org")
+
+
 def test_the_files_are_linked_escaped_and_need_nothing_else(written: Path) -> None:
     folder = written.parent
     names = {path.name for path in folder.iterdir()}
     assert names == {"index.html", "latent-3.html", "latent-7.html", "latent-12.html"}
     for path in folder.iterdir():
         soup = BeautifulSoup(path.read_text(), "html.parser")
+        if path != written:
+            address = f"https://www.neuronpedia.org/tiny/1-res/{path.stem.removeprefix('latent-')}"
+            only_asked_for(soup.details.extract(), soup, address)
         links = [link["href"] for link in soup.find_all("a")]
         for href in links:
             assert href in names or href == (
@@ -368,6 +387,13 @@ def test_a_page_shows_itself_in_a_notebook(pages: dict[int, LatentPage]) -> None
     assert soup.h1.text == "Latent 3"
     # Other pages are not there to be linked.
     assert not soup.select('a[href^="latent-"]')
+
+
+def test_a_latent_that_neuronpedia_does_not_host_has_no_frame(
+    pages: dict[int, LatentPage],
+) -> None:
+    (content,) = _latent_html.pages({3: replace(pages[3], neuronpedia=None)}).values()
+    assert not re.search("neuronpedia|<iframe|frame-src", content)
 
 
 @pytest.mark.parametrize("identity", ["../x/y", "a b/c", "https://evil", "plain", 5])

@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE
 export TOKENIZERS_PARALLELISM := false
 export MPLBACKEND := agg
 
-.PHONY: help venv book test suites-check browser screenshots lint bench student slides epub pdf linkcheck audit colab-check lock clean distclean
+.PHONY: help venv book test suites-check browser screenshots lint bench soak student slides epub pdf linkcheck audit colab-check lock clean distclean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -62,6 +62,9 @@ lint: venv ## ruff, pyright strict on darkmatter/, and spelling
 
 bench: venv ## time the numerical core against the published procedures
 	$(V)/python -m tests.bench
+
+soak: venv ## 200 surveys and 50 chapters in a row: memory, files and processes must not grow
+	$(V)/python -m tests.soak
 
 student: venv ## write book/student again: the chapters without their solutions
 	$(V)/python -m darkmatter.book student

@@ -143,6 +143,11 @@ def tiny_tokens() -> Tensor:
 @pytest.fixture(scope="session")
 def tiny_saes() -> dict[str, Any]:
     """Random autoencoders at `HOOK`, d_in 32 and d_sae 96, one of every inference architecture."""
+    return random_saes()
+
+
+def random_saes() -> dict[str, Any]:
+    """Those of `tiny_saes`, made anew."""
     import sae_lens
 
     torch.manual_seed(3)

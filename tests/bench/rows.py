@@ -158,7 +158,7 @@ def survey_fit(quick: bool) -> Iterator[Case]:
                 published=theirs,
                 check=check,
                 tolerance=1e-3,
-                met=at_least(5),
+                met=lambda ratio, _seconds, share: ratio >= 5 and share >= 0.5,
                 part=1 / SAES,
                 work=tiles * n * (2.0 * d * d * (1 + SAES) + 2 * d * SAES),
                 rate=precision,
